@@ -143,6 +143,13 @@ class Feed:
         self.marked = True
         self._members = 0
 
+    @property
+    def known(self) -> Position | None:
+        """The position, or None if the stream was never examined."""
+        if not self._examined:
+            return None
+        return Position(self.position, self.added, self.incarnation, self.digest)
+
     # ---- subscriptions ----------------------------------------------------------------------
 
     def join(self, subscription: Subscription) -> None:
@@ -235,11 +242,15 @@ class Feed:
         return position.incarnation is not None and position.incarnation == self.incarnation
 
     def on_examine_failed(self, request: ExamineRequest, reason: str) -> None:
-        """Reject the new subscriptions. The others continue."""
+        """Reject the new subscriptions. The others continue, and deferred ones wait."""
         taken, recheck = _context_of(request)
         self._recheck |= recheck
         for subscription in taken:
-            if not subscription.has_ended:
+            if subscription.has_ended:
+                continue
+            if subscription.is_deferred:
+                self._new[subscription] = None
+            else:
                 self._refuse(subscription, Unavailable(reason))
 
     def on_examine_lost(self, request: ExamineRequest) -> None:
@@ -402,7 +413,8 @@ class Feed:
             self.hub.metrics.resumed(verdict.notice)
             subscription.pending_notice = verdict.notice
             subscription.before_notice = None if verdict.notice is None else start
-            if verdict.notice is not None and verdict.notice.kind == "gap":
+            if verdict.notice is not None:
+                # The notice covers what has been trimmed so far.
                 subscription.known_trimmed = added_before_first(state)
             if verdict.resume == ZERO_ID:
                 subscription.behind_at(ZERO_ID, 0, None)

@@ -85,6 +85,10 @@ class SubscriptionFeed(Protocol):
     digest: int | None
     incarnation: int | None
 
+    @property
+    def known(self) -> Position | None:
+        """The position, or None if the stream was never examined."""
+
     def stall(self, subscription: Subscription) -> None:
         """Stop live delivery to a subscription whose socket is full."""
 
@@ -220,6 +224,7 @@ class Subscription:
         "cursor",
         "digest",
         "feed",
+        "is_deferred",
         "known_deleted",
         "known_trimmed",
         "mode",
@@ -246,6 +251,19 @@ class Subscription:
         self.pending_notice: Notice | None = None
         self.before_notice: Position | None = None
         self.rights_as_of: EntryID | None = None
+        # The client is connected, although the stream cannot be read yet, see `defer`.
+        self.is_deferred = False
+
+    def defer(self, now: EntryID) -> None:
+        """Let the client's subscription begin now, although the stream cannot be read.
+
+        It is accepted as soon as the stream can be read. The client then receives all later events
+        of the feed. If the feed was never examined, nothing proves which events were appended since
+        now: the client receives those with a later ID than `now`, and a notice.
+        """
+        if self.mode is SubscriptionMode.NEW and not self.is_deferred:
+            self.is_deferred = True
+            self.start = self.start or self.feed.known or Position(now)
 
     @property
     def has_ended(self) -> bool:

@@ -22,10 +22,13 @@ from relay.config.settings import RedisSettings
 from relay.core.model import Channel
 from relay.stream.shards.making import keys_of, shard_map
 from tests.support.clients import Native, native, redis, stream_key, until
+from tests.support.pydio import KEY as PYDIO_KEY
+from tests.support.pydio import Pydio, standing_in
 from tests.support.redis_cluster import RedisCluster, running_cluster
 from tests.support.relay import RelayProcess
 from tests.support.seafile import KEY, seafile
-from tests.support.valkey import Flavour, Server, running
+from tests.support.socketio import SECRET, axr_token, npm_clients
+from tests.support.valkey import Flavour, Server, free_port, running
 
 pytestmark = pytest.mark.redis
 
@@ -168,8 +171,8 @@ async def _move(cluster: RedisCluster, clients: Native) -> None:
 async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -> None:
     servers = [Server(tmp_path / name) for name in ("one", "two")]
     url = ", ".join(server.url("admin") for server in servers)
-    settings = RedisSettings(url=url)
-    shards, keys = shard_map(settings), keys_of(settings)
+    topology = RedisSettings(url=url)
+    shards, keys = shard_map(topology), keys_of(topology)
     home = shards.home.name
     here, away = sorted(servers, key=lambda server: not home.endswith(f":{server.port}"))
     channels = [f"room{number}" for number in range(40)]
@@ -183,6 +186,18 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
     pids = tmp_path / "pid"
     near_library = next(each for each in channels if is_of(here, f"seafile:{each}"))
     far_library = next(each for each in channels if is_of(away, f"seafile:{each}"))
+    # Every Socket.IO client is also in the room of all users, and every browser has broadcasts.
+    elsewhere = away if is_of(here, "axr:allusers") else here
+    uid = next(each for each in channels if is_of(elsewhere, f"axr:{each}"))
+    far_room, near_room = (uid, "allusers") if elsewhere is away else ("allusers", uid)
+    workspace = next(each for each in channels if is_of(here, f"pydio:{each}"))
+    pydio_port = free_port()
+    settings = [
+        f"protocol:seafile.key={KEY}",
+        f"protocol:socketio.secret={SECRET}",
+        f"protocol:pydio.key={PYDIO_KEY}",
+        f"protocol:pydio.auth_url={Pydio(pydio_port).auth_url}",
+    ]
 
     def commit(server: Server, library: str, commit_id: str) -> bytes:
         content = json.dumps({"repo_id": library, "commit_id": commit_id})
@@ -190,8 +205,13 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
         found: bytes = redis(server, "XADD", key, "*", "type", "repo-update", "data", content)
         return found
 
-    with running(*servers), relay_on(here, url, pids, f"protocol:seafile.key={KEY}") as relay:
-        async with native(relay) as clients, seafile(relay) as site:
+    with running(*servers), relay_on(here, url, pids, *settings) as relay:
+        async with (
+            native(relay) as clients,
+            seafile(relay) as site,
+            standing_in(pydio_port) as pydio,
+            npm_clients() as npm,
+        ):
             seen = commit(away, far_library, "seen").decode()
             commit(away, far_library, "missed")
             one, two = await clients.sse(near), await clients.sse(far)
@@ -214,6 +234,23 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
                         refused = await (await clients.ws(other)).next(1)
             assert refused["error"]["code"] == "unavailable"
             assert name in refused["error"]["message"]
+            # Connections with several channels are accepted.
+            both = await clients.sse(near, other)
+            block = await both.next()
+            assert block.event == "relay:error"
+            assert block.json()["channel"] == other
+            assert name in block.json()["message"]
+            auth = {"token": axr_token(uid)}
+            player = await npm.open(f"{relay.url}/axr", auth=auth)
+            assert (await player.next())["what"] == "connect"
+            pydio.login("alice", "/staff").acl[workspace] = "rw"
+            headers = {"Cookie": "AjaXplorer=alice", "Origin": relay.url}
+            page = await npm.open(relay.url, path="/public", extraHeaders=headers)
+            assert (await page.next())["what"] == "connect"
+            await page.do("ask", "register", workspace)
+            assert (await page.until("answer"))["args"] == [{"ok": True}]
+            redis(here, "XADD", stream_key(f"axr:{near_room}"), "*", "type", "near", "data", "1")
+            assert (await player.event())[0] == "near"
             syncing = await site.connect()
             await syncing.subscribe(far_library, after=seen)
             await syncing.subscribe(near_library)
@@ -221,10 +258,20 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
             commit(here, near_library, "near")
             assert (await syncing.next())["content"]["commit_id"] == "near"
             redis(here, "XADD", stream_key(near), "*", "data", "2")
-            assert (await one.next()).data == "2"
+            assert [(await each.next()).data for each in (one, both)] == ["2", "2"]
             away.thaw()
             redis(away, "XADD", stream_key(far), "*", "data", "2")
+            redis(away, "XADD", stream_key(other), "*", "data", "1")
             assert (await two.next(30)).data == "2"
+            # Nobody on this worker has followed the other channel before.
+            blocks = await both.take(2)
+            assert [block.event for block in blocks] == ["relay:reset", None]
+            assert (blocks[0].json()["channel"], blocks[1].data) == (other, "1")
+            assert both.last_id == blocks[1].id
+            await player.until("disconnect")
+            assert (await player.until("connect"))["recovered"] is False
+            redis(away, "XADD", stream_key(f"axr:{far_room}"), "*", "type", "far", "data", "1")
+            assert (await player.event())[0] == "far"
             assert (await syncing.next())["content"]["commit_id"] == "missed"
             # It does not prevent an upgrade either.
             await asyncio.to_thread(away.stop)

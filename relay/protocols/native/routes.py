@@ -23,7 +23,7 @@ from relay.core.model import Channel, Position, Principal
 from relay.core.reasons import Reason
 from relay.doorkit import static_page
 from relay.doorkit.contract import FrontDoor, Mounted
-from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions
+from relay.doorkit.first_subscriptions import NOT_READING, FirstSubscriptions, problems
 from relay.doorkit.http_status import status_of
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins
@@ -123,9 +123,9 @@ class MountedNative(Mounted):
         if request.method == "HEAD":
             # Monitors ask for the head only. There is nobody to receive events.
             return web.Response(headers=sse.HEADERS | self._cors(request))
-        if context.not_reading(channels):
+        if self._are_away(channels):
             await self._wait_connected(channels)
-        first = FirstSubscriptions()
+        first = FirstSubscriptions(context.not_reading, context.clock)
         first.expect(channels)
         client = SseClient(first, settings)
         encoder = sse_encoder(several=len(channels) > 1, envelope=envelope)
@@ -135,11 +135,13 @@ class MountedNative(Mounted):
         try:
             for channel in channels:
                 context.subscribe(session, channel, positions.get(channel))
-            await first.wait()
+            await first.wait(session)
         except BaseException:
             session.end()
             raise
         session.offer(self._first_block(session))
+        for channel, problem in first.away.items():
+            session.offer(encoders.sse_error(Unavailable(problem), channel))
         if unusable:
             for channel in channels:
                 context.metrics.notified(_UNUSABLE, 1)
@@ -155,13 +157,18 @@ class MountedNative(Mounted):
         session.attach(socket)
         return response
 
+    def _are_away(self, channels: Sequence[Channel]) -> bool:
+        """Return True if none of these channels can be read now."""
+        return len(problems(self._context.not_reading, channels)) == len(channels)
+
     async def _wait_connected(self, channels: Sequence[Channel]) -> None:
         """Wait for the connection to Redis, which may be restarting or failing over."""
         try:
             async with asyncio.timeout(_CONNECTION_S):
                 await self._context.wait_connected(channels)
         except TimeoutError:
-            raise Unavailable(self._context.not_reading(channels) or NOT_READING) from None
+            if self._are_away(channels):
+                raise Unavailable(self._context.not_reading(channels) or NOT_READING) from None
 
     def _with_retry(
         self, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from typing_extensions import override
 
-from relay.core.errors import ClientError, RelayError, Unauthorized
+from relay.core.errors import ClientError, RelayError, Unauthorized, Unavailable
 from relay.core.reasons import Reason
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
@@ -56,6 +56,9 @@ class SseClient(Client):
     def refused(self, channel: Channel, error: RelayError) -> None:
         if self._first is not None:
             self._first.fail(SubscriptionRejected(channel, error))
+        elif isinstance(error, ClientError | Unavailable):
+            # The subscription was deferred. The response to the client's next request is an error.
+            self._end(encoders.sse_error(error, channel), error.code)
 
     @override
     def dropped(self, channel: Channel, notice: Notice) -> None:

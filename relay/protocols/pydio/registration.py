@@ -8,7 +8,7 @@ for missed events: a browser that may have missed some is instructed to read its
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from relay.protocols.pydio.private_messages import BROADCAST, workspace
 if TYPE_CHECKING:
     import asyncio
 
+    from relay.core.clock import RedisClock
     from relay.core.model import Channel, Position
     from relay.hub.recovery import Notice
     from relay.hub.session import Encoder, Session, Subscription
@@ -48,6 +49,9 @@ class BrowserServices:
     # Ask Pydio again about the account, then call the function.
     renew: Callable[[Account, Callable[[], None]], None]
     loop: asyncio.AbstractEventLoop
+    # As in `DoorContext`.
+    not_reading: Callable[[Sequence[Channel]], str]
+    clock: RedisClock
 
 
 class Registration(Client, AccountMember):

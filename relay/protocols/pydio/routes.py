@@ -60,6 +60,8 @@ class MountedPydio(Mounted):
             count_rejection=partial(context.metrics.rejected, "pydio"),
             renew=self._renew,
             loop=loop,
+            not_reading=context.not_reading,
+            clock=context.clock,
         )
         self._npm = NpmService(
             context,

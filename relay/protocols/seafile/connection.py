@@ -20,6 +20,7 @@ from relay.core.errors import Forbidden, RelayError
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
 from relay.core.slices import in_slices
+from relay.doorkit.first_subscriptions import defer_if_away
 from relay.hub.session import Client, SubscriptionMode
 from relay.protocols.seafile import codec, missed
 from relay.protocols.seafile.encoders import SEAFILE
@@ -315,7 +316,9 @@ class SeafileClient(Client, TokenHolder):
                 self._subscribe_after(session, channel, seen), name="seafile client"
             )
         else:
-            self._service.context.subscribe(session, channel, None)
+            context = self._service.context
+            context.subscribe(session, channel, None)
+            defer_if_away(context.not_reading, context.clock, session, channel)
 
     def _seen(self, channel: Channel, token: int) -> EntryID | None:
         left = self._left.get(channel)

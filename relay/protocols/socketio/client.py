@@ -11,6 +11,7 @@ once all subscriptions are confirmed, so that CONNECT is sent before the first e
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -28,7 +29,7 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
-from relay.doorkit.first_subscriptions import FirstSubscriptions
+from relay.doorkit.first_subscriptions import FirstSubscriptions, defer_if_away, problems
 from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
     from relay.rights.token import TokenReader
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
+
+_log = logging.getLogger(__name__)
 
 _GOODBYE_S = 1.0
 # Time in which a client must join the namespace: Socket.IO's `connectTimeout`.
@@ -211,8 +214,10 @@ class SocketClient(Client):
         record: SavedSession[RoomIds] | None,
     ) -> None:
         door, context = self._door, self._door.context
-        if problem := context.not_reading(rooms.channels()):
-            raise Unavailable(problem)
+        channels = rooms.channels()
+        away = problems(context.not_reading, channels)
+        if len(away) == len(channels):
+            raise Unavailable(context.not_reading(channels))
         self.rooms, self._missing = rooms, False
         self.sid = record.sid if record is not None else self._new_sid()
         principal = replace(principal, client=self.sid)
@@ -220,15 +225,23 @@ class SocketClient(Client):
         session = self.session = await context.open(principal, encoder, self, info=self.engine.info)
         if self.engine.closing:
             raise Unavailable("the client has disconnected")
-        channels = rooms.channels()
-        self._first = FirstSubscriptions()
-        self._first.expect(channels)
+        first = self._first = FirstSubscriptions(context.not_reading, context.clock)
+        first.expect(channels)
         for channel in channels:
             context.subscribe(session, channel, positions.get(channel))
         try:
-            await self._first.wait()
+            await first.wait(session)
         finally:
             self._first = None
+        for channel, problem in first.away.items():
+            # The protocol has no message for this.
+            _log.warning(
+                "Connected Socket.IO client %s without channel %s (%s); its events follow when the"
+                " server is read again",
+                self.sid,
+                channel,
+                problem,
+            )
 
     async def _begin(self, record: SavedSession[RoomIds] | None) -> None:
         door, session = self._door, self.session
@@ -301,7 +314,9 @@ class SocketClient(Client):
             self._door.sessions.changed(self)
         elif channel not in session.reserved:
             asked = None if place is None else Position(place)
-            self._door.context.subscribe(session, channel, asked)
+            context = self._door.context
+            context.subscribe(session, channel, asked)
+            defer_if_away(context.not_reading, context.clock, session, channel)
 
     def leave(self, room: str) -> None:
         """Leave a room on behalf of an emitter."""
@@ -332,6 +347,8 @@ class SocketClient(Client):
         if isinstance(error, Forbidden):
             self._refused.add(channel)
         if self._first is None:
+            if not self.rooms.joined:
+                self.server_disconnect()
             return
         if isinstance(error, Forbidden) and self.rooms.joined:
             # The user's right to this room was revoked. The client joins its other rooms.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 from prometheus_client import CollectorRegistry, Gauge
 
+from relay.core.clock import RedisClock
 from relay.core.errors import Unavailable
-from relay.core.model import Channel
+from relay.core.model import Channel, Principal
 from relay.doorkit.first_subscriptions import FirstSubscriptions
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.rate_limit import RateLimit
+from relay.hub.session import Session
+from tests.support.hub import Reads, Words, join, make_hub
 
 NEWS, SPORT = Channel("news"), Channel("sport")
 
@@ -45,11 +49,16 @@ def test_a_client_may_send_a_burst_and_then_its_rate() -> None:
     assert [rate.accept() for _ in range(2)] == [True, False]
 
 
+def session_of(*channels: Channel) -> Session:
+    session, _, _ = join(make_hub(Reads()), Principal(user="ann"), Words(), *channels)
+    return session
+
+
 async def test_the_wait_ends_when_all_channels_are_decided() -> None:
-    first = FirstSubscriptions()
+    first = FirstSubscriptions(lambda _: "", RedisClock())
     first.expect([NEWS, SPORT])
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(first.wait())
+        tasks.create_task(first.wait(session_of(NEWS, SPORT)))
         first.decide(NEWS)
         first.decide(NEWS)
         await asyncio.sleep(0)
@@ -58,11 +67,51 @@ async def test_the_wait_ends_when_all_channels_are_decided() -> None:
 
 
 async def test_the_wait_ends_with_the_first_error() -> None:
-    first = FirstSubscriptions()
+    first = FirstSubscriptions(lambda _: "", RedisClock())
     first.expect([NEWS, SPORT])
     first.fail(Unavailable("one"))
     first.fail(Unavailable("two"))
     first.decide(NEWS)
     first.decide(SPORT)
     with pytest.raises(Unavailable, match="one"):
-        await first.wait()
+        await first.wait(session_of(NEWS, SPORT))
+
+
+async def test_channels_that_cannot_be_read_are_not_waited_for() -> None:
+    away = {SPORT}
+
+    def not_reading(channels: Sequence[Channel]) -> str:
+        return ", ".join(each for each in channels if each in away)
+
+    first = FirstSubscriptions(not_reading, RedisClock())
+    first.expect([NEWS, SPORT])
+    session = session_of(NEWS, SPORT)
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(first.wait(session))
+        while not first.away:
+            await asyncio.sleep(0)
+        assert not waiting.done()
+        first.decide(NEWS)
+    assert first.away == {SPORT: "sport"}
+    sport, news = session.subscriptions[SPORT], session.subscriptions[NEWS]
+    assert (sport.is_deferred, news.is_deferred) == (True, False)
+    # The other server is lost while the client waits.
+    first = FirstSubscriptions(not_reading, RedisClock())
+    first.expect([NEWS, SPORT])
+    async with asyncio.TaskGroup() as tasks:
+        failing = tasks.create_task(_error(first, session))
+        while not first.away:
+            await asyncio.sleep(0)
+        away.add(NEWS)
+    assert failing.result() == "news"
+    # Some clients can be used without any of these channels, if there is a server.
+    first = FirstSubscriptions(lambda channels: ", ".join(channels), RedisClock())
+    first.expect([NEWS, SPORT])
+    await first.wait(session, needs_one=False)
+    assert set(first.away) == {NEWS, SPORT}
+
+
+async def _error(first: FirstSubscriptions, session: Session) -> str:
+    with pytest.raises(Unavailable) as caught:
+        await first.wait(session)
+    return str(caught.value)

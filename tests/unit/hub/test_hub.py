@@ -1,5 +1,6 @@
 import asyncio
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -9,13 +10,14 @@ from relay.core.model import (
     ZERO_ID,
     Channel,
     EntryID,
+    Position,
     Principal,
     Record,
     Revocation,
     StreamState,
 )
 from relay.core.reasons import Reason
-from relay.core.stream_interface import Page
+from relay.core.stream_interface import Examined, Page
 from relay.hub.hub import Hub
 from relay.hub.session import Subscription, SubscriptionMode
 from tests.support.hub import INCARNATION, NEWS, Reads, Words, event, examine, join, make_hub
@@ -329,3 +331,54 @@ def test_events_before_a_revocation_are_delivered(has_entry: bool) -> None:
     words = b"one !news:revoked " if has_entry else b"!news:revoked "
     assert outbox.writes == [words]
     assert client.told[-1] == "dropped news: revoked"
+
+
+def test_a_deferred_client_receives_later_events_and_a_notice_unless_none_can_be_missing() -> None:
+    reads = Reads()
+    hub = make_hub(reads)
+    now = EntryID(1000, 0)
+    session, client, outbox = join(hub, ANN, Words())
+    unknown = session.subscriptions[NEWS]
+    feed = hub.feed(NEWS)
+    assert feed
+    unknown.defer(now)
+    assert unknown.position == Position(now)
+    # Reads that are rejected for a while do not end it.
+    feed.on_examine_failed(feed.examine_request(), "the server is loading its data")
+    assert (session.subscriptions, client.told) == ({NEWS: unknown}, [])
+    records = [event("new", 1100)]
+    state = StreamState(
+        exists=True,
+        first=records[0].id,
+        last=records[-1].id,
+        length=1,
+        added=1,
+        max_deleted=ZERO_ID,
+        incarnation=INCARNATION,
+    )
+
+    def answer() -> None:
+        request = feed.examine_request()
+        own = {each.id: each.digest for each in records if each.id in request.own}
+        feed.on_examined(request, Examined(state=state, rights={}, own=own))
+        while (page := feed.page_request()) is not None:
+            after = [each for each in records if each.id > page.start]
+            feed.on_page(page, Page(state=state, records=after, complete=True))
+        hub.flush()
+
+    answer()
+    # There is one notice, although the first event is later than the position.
+    assert client.told == ["subscribed news"]
+    assert b"".join(outbox.writes) == b"!news:unknown_position new "
+    # The feed's position is known now.
+    feed.on_unsettled()
+    other, told, box = join(hub, ANN, Words())
+    other.subscriptions[NEWS].defer(now)
+    records.append(event("newest", 1200))
+    state = replace(state, last=records[-1].id, length=2, added=2)
+    answer()
+    feed.on_records(records[-1:])
+    hub.flush()
+    assert told.told == ["subscribed news"]
+    assert b"".join(box.writes) == b"newest "
+    assert b"".join(outbox.writes) == b"!news:unknown_position new newest "

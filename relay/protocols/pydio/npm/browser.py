@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from relay.protocols.pydio.npm.encoders import NpmEncoder
     from relay.protocols.pydio.registration import BrowserServices
     from relay.transports.socketio.connection import Acknowledge
+
+
+_log = logging.getLogger(__name__)
 
 
 class BrowserConnection(Protocol):
@@ -52,7 +56,7 @@ class NpmBrowser(Registration):
         super().__init__(account, services)
         self._connection = connection
         self._acknowledge: tuple[str, Acknowledge] | None = None
-        self._first = FirstSubscriptions()
+        self._first = FirstSubscriptions(services.not_reading, services.clock)
         self._start: dict[Channel, bytes] = {}
 
     async def enter(self, repository: str | None, positions: Mapping[Channel, Position]) -> None:
@@ -65,7 +69,18 @@ class NpmBrowser(Registration):
         self._first.expect(channels)
         for channel in channels:
             self.join(channel, positions.get(channel))
-        await self._first.wait()
+        if (session := self.session) is not None:
+            # A browser without broadcasts can still register for a workspace.
+            await self._first.wait(session, needs_one=False)
+        for channel, problem in self._first.away.items():
+            # The protocol has no message for this. The page reads its folder later.
+            _log.warning(
+                "Connected a Pydio client of %s without channel %s (%s); its events follow when the"
+                " server is read again",
+                self.account.identity.user,
+                channel,
+                problem,
+            )
 
     def request(self, repository: str | None, acknowledge: Acknowledge | None) -> None:
         """Register for a workspace, or unregister if it is None."""
