@@ -20,6 +20,7 @@ from typing_extensions import override
 from producers.registry import RunningProducer
 from producers.settings import QueueSettings
 from relay.core import tracing
+from relay.core.durability import FAST, Durability
 from relay.core.errors import LimitExceeded, RedisUnavailable
 from relay.core.slices import in_slices
 from relay.protocols.centrifugo import commands
@@ -143,10 +144,10 @@ class Dispatcher:
             uid_key = None if uid is None else self._commands.uid_key(channel, uid)
         except LimitExceeded as exc:
             raise commands.InvalidCommand(str(exc)) from exc
-        keep = self._namespace_of(channel).retention_count
-        durability = durability or self._commands.durability(channel)
-        stream = self._keys.stream(channel)
-        return Operation(stream, fields, index, keep, uid_key, durability=durability)
+        rules = self._namespace_of(channel)
+        durability = durability or Durability.parse(rules.durability)
+        stream, keep = self._keys.stream(channel), rules.retention_count
+        return Operation(stream, fields, index, keep, uid_key, None, durability)
 
     def _publish(self, command: commands.CentrifugoCommand, index: int) -> list[Operation]:
         return [self.operation(commands.publish(command.params), index)]
@@ -398,9 +399,11 @@ class ApiQueueConsumer(RunningProducer):
     async def _apply(self, queues: Queues, shard: _Shard, head: Head) -> None:
         operations: list[Operation] = []
         broken = 0
+        wanted: set[Durability] = set()
         async for index, item in in_slices(enumerate(head.items)):
             appends, reasons = await self._dispatcher.operations(item, index)
             operations += appends
+            wanted |= {each.durability for each in appends if each.durability is not FAST}
             for reason in reasons:
                 broken += 1
                 operations.append(self._dead_letter(shard.name, item, reason, index))
@@ -408,7 +411,6 @@ class ApiQueueConsumer(RunningProducer):
         failed = await queues.apply(shard.name, head, operations, window_ms=self._window_ms)
         async for span in in_slices(spans):
             span.end("")
-        wanted = {each.durability async for each in in_slices(operations) if each.durability.waits}
         if wanted:
             # No producer waits for a reply. The wait keeps the queue from running ahead of the
             # replicas. If a failover loses the entries, it also loses their removal from the queue.

@@ -31,10 +31,19 @@ class Durability(NamedTuple):
     replicas: int = 0
     limit_ms: int = 0
 
-    @classmethod
-    def parse(cls, text: str) -> Durability:
+    @staticmethod
+    @lru_cache(256)
+    def parse(text: str) -> Durability:
         """Parse the text form. Raise ValueError for anything else."""
-        return _parse(text)
+        if not _FORMAT.fullmatch(text):
+            raise ValueError(f"durability must be {FORMS}, not {text[:50]!r}")
+        level, _, rest = text.partition(":")
+        replicas, _, limit = rest.partition(":")
+        if level == "fast":
+            return FAST
+        if level == "replicated":
+            return Durability("replicated", int(replicas or 1), int(limit or 0))
+        return Durability("fsynced", int(replicas or 0), int(limit or 0))
 
     @property
     def waits(self) -> bool:
@@ -53,16 +62,3 @@ class Durability(NamedTuple):
 
 
 FAST = Durability("fast")
-
-
-@lru_cache(256)
-def _parse(text: str) -> Durability:
-    if not _FORMAT.fullmatch(text):
-        raise ValueError(f"durability must be {FORMS}, not {text[:50]!r}")
-    level, _, rest = text.partition(":")
-    replicas, _, limit = rest.partition(":")
-    if level == "fast":
-        return FAST
-    if level == "replicated":
-        return Durability("replicated", int(replicas or 1), int(limit or 0))
-    return Durability("fsynced", int(replicas or 0), int(limit or 0))

@@ -51,15 +51,15 @@ class EntryID(NamedTuple):
     @classmethod
     def parse(cls, text: str | bytes) -> EntryID:
         """Parse `ms-seq` or `ms`. Raise ValueError for anything else."""
-        if isinstance(text, bytes):
-            text = text.decode("ascii")
-        ms, dash, seq = text.partition("-")
-        if not (ms.isascii() and ms.isdigit()) or (dash and not (seq.isascii() and seq.isdigit())):
-            raise ValueError(f"not an entry ID: {text[:50]!r}")
-        entry_id = cls(int(ms), int(seq) if dash else 0)
-        if entry_id.ms >> 64 or entry_id.seq >> 64:
-            raise ValueError(f"not an entry ID: {text[:50]!r}")
-        return entry_id
+        if isinstance(text, str):
+            text = text.encode(errors="replace")
+        head, dash, tail = text.partition(b"-")
+        # Only ASCII digits are digits in bytes.
+        if head.isdigit() and (tail.isdigit() or not dash):
+            ms, seq = int(head), int(tail or 0)
+            if not (ms >> 64 or seq >> 64):
+                return cls(ms, seq)
+        raise ValueError(f"not an entry ID: {text[:50].decode(errors='replace')!r}")
 
 
 ZERO_ID = EntryID(0, 0)

@@ -66,20 +66,26 @@ class _Budget:
 _budget: _Budget | None = None
 
 
-async def next_slice() -> None:
-    """Return at once while this turn's slice lasts; otherwise wait for a later turn."""
+def _current_budget() -> _Budget:
     global _budget
     loop = asyncio.get_running_loop()
     if _budget is None or _budget.loop is not loop:
         _budget = _Budget(loop)
-    if _budget.is_spent():
-        await _budget.next_turn()
+    return _budget
+
+
+async def next_slice() -> None:
+    """Return at once while this turn's slice lasts; otherwise wait for a later turn."""
+    if (budget := _current_budget()).is_spent():
+        await budget.next_turn()
 
 
 async def in_slices(items: Iterable[T]) -> AsyncIterator[T]:
     """Iterate over `items`. Wait for a later turn whenever this turn's slice is used up."""
+    budget = _current_budget()
     for item in items:
-        await next_slice()
+        if budget.is_spent():
+            await budget.next_turn()
         yield item
 
 

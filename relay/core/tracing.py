@@ -46,7 +46,9 @@ def is_valid(value: bytes) -> bool:
 
 def field_of(text: str | None) -> Mapping[bytes, bytes] | None:
     """Return the entry field for a producer's traceparent. None if it is invalid."""
-    value = (text or "").encode(errors="replace")
+    if not text:
+        return None
+    value = text.encode(errors="replace")
     return {FIELD: value} if is_valid(value) else None
 
 

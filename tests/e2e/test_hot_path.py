@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -21,9 +22,13 @@ from tests.support.valkey import Server
 pytestmark = [pytest.mark.redis, pytest.mark.timeout(60)]
 
 MOST_FILES, MOST_CALLS = 14, 45
+# Commands of one HTTP request or in one queue, and the calls for each of them.
+BATCH, MOST_CALLS_BY_HTTP, MOST_CALLS_BY_QUEUE = 100, 46, 13
+COMMAND = {"method": "publish", "params": {"channel": "other", "data": {"number": 1}}}
 # The hub calls the protocol's encoder, which calls the transport for the frame, and the metrics.
 ROOMS = ["stream", "hub", "protocols", "transports", "hub", "core", "hub", "transports"]
 TIMES = 5
+QUEUE = "centrifugo.api"
 
 Calls = list[tuple[str, str]]
 
@@ -49,6 +54,16 @@ async def _publish(relay: RelayProcess) -> None:
         for number in range(TIMES):
             reply = await door.api("publish", channel="other", data={"number": number})
             assert reply["error"] is None
+        for _ in range(TIMES):
+            answer = await door.request(json.dumps([COMMAND] * BATCH).encode())
+            assert [reply["error"] for reply in json.loads(answer.body)] == [None] * BATCH
+
+
+async def _queue(server: Server) -> None:
+    with server.client() as admin:
+        for _ in range(TIMES):
+            await asyncio.to_thread(admin.rpush, QUEUE, *[json.dumps(COMMAND)] * BATCH)
+            await until(lambda: not admin.exists(QUEUE))
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +72,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
     folder = tmp_path_factory.mktemp("paths")
     server, written = Server(folder), folder / "calls"
     tracer = ["env", f"RELAY_CALLS={written}", sys.executable, "tests/support/call_trace.py"]
-    settings = [f"protocol:centrifugo.secret={SECRET}"]
+    settings = [f"protocol:centrifugo.secret={SECRET}", "producer:queue.enabled=yes"]
     relay = RelayProcess(server, flags=["--insecure"], settings=settings, prefix=tracer)
 
     async def run() -> None:
@@ -65,6 +80,7 @@ def calls(tmp_path_factory: pytest.TempPathFactory) -> Calls:
             await _receive_events(door, server)
             await _subscribe(door)
             await _publish(relay)
+            await _queue(server)
             os.kill(relay.pid, signal.SIGRTMIN)
             await until(written.exists)
 
@@ -135,3 +151,26 @@ def test_a_publish_request_takes_the_documented_path(calls: Calls) -> None:
         "HttpConnection.finish_response",
     )
     assert not_in_order(documented("Follow a publish request"), path) == []
+
+
+def calls_per_command(calls: Calls, first: str, each: str, last: str) -> float:
+    """Return the calls for a command in the best batch, from `first` to `last`."""
+    names = [name for _, name in calls]
+    counts: list[int] = []
+    start = 0
+    for at, name in enumerate(names):
+        if name == first:
+            start = at
+        elif name == last and names[start:at].count(each) == BATCH:
+            counts.append(at - start)
+    return min(counts) / BATCH
+
+
+def test_a_command_of_a_batch_takes_few_calls(calls: Calls) -> None:
+    path = "HttpConnection.data_received", "Appender.append", "HttpConnection.finish_response"
+    assert calls_per_command(calls, *path) <= MOST_CALLS_BY_HTTP
+
+
+def test_a_command_in_a_queue_takes_few_calls(calls: Calls) -> None:
+    path = "CommandQueues.head", "plain_publish", "PipelineConnection.data_received"
+    assert calls_per_command(calls, *path) <= MOST_CALLS_BY_QUEUE

@@ -72,11 +72,10 @@ class ChannelPublisher:
 
         Errors are those of `DoorContext.publish`. They are raised here or set on the future.
         """
-        publish = partial(self._append, channel, data, durability, **fields)
         self._stats.count("node_num_client_msg_published")
         rules = self._rules(channel)
         if rules is None or not (rules.history_drop_inactive and rules.has_history):
-            return publish()
+            return self._append(rules, channel, data, durability, **fields)
         answer: Appended = asyncio.get_running_loop().create_future()
         waiting = self._waiting.get(channel)
         if waiting is None:
@@ -84,12 +83,14 @@ class ChannelPublisher:
             _ = self._context.spawn(
                 self._publish_if_active(channel, rules), name=f"publish {channel}"
             )
+        publish = partial(self._append, rules, channel, data, durability, **fields)
         # It runs in another task, and belongs to the trace of this request.
         waiting.append((partial(copy_context().run, publish), answer))
         return answer
 
     def _append(
         self,
+        rules: CentrifugoNamespace | None,
         channel: Channel,
         data: bytes,
         durability: Durability | None,
@@ -98,7 +99,6 @@ class ChannelPublisher:
         appended: Appended = self._context.publish(  # type: ignore[assignment]  # it is wider
             channel, data, durability=durability, **fields
         )
-        rules = self._rules(channel)
         if rules is not None and rules.watch:
 
             def push_to_watchers(done: Appended) -> None:

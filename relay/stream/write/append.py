@@ -180,16 +180,15 @@ class AppendCommands:
         if durability is None:
             durability = Durability.parse(rules.durability)
         mark = b"" if durability is FAST else self._keys.uid(channel, "")
-        confirmed = durability, mark, stream
         if unless_latest is not None:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]
             command: RedisCommand = ("EVALSHA", APPEND_CHANGED.sha, 1, stream, *same, *words)
-            return Append(command, APPEND_CHANGED, *confirmed)
+            return Append(command, APPEND_CHANGED, durability, mark, stream)
         if uid and (uid_key := self.uid_key(channel, uid)) is not None:
             once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, uid_key, self._window_ms, *words)
-            return Append(once, APPEND_ONCE, *confirmed, uid_key)
-        return Append(("XADD", stream, *words), None, *confirmed)
+            return Append(once, APPEND_ONCE, durability, mark, stream, uid_key)
+        return Append(("XADD", stream, *words), None, durability, mark, stream)
 
     def build_once(self, channel: Channel, fields: Sequence[bytes], mark: bytes) -> Append:
         """Return the append of an entry that has the key `mark` in place of a uid."""
@@ -296,8 +295,9 @@ def parse_reply(append: Append, reply: object, confirmed: Confirmations) -> Entr
     if not isinstance(reply, bytes):
         return refusal("XADD", str(reply))
     entry_id = EntryID.parse(reply)
-    missing = confirmed.missing(append.durability)
-    return NotDurable(f"appended as {entry_id}, but {missing}", entry_id) if missing else entry_id
+    if append.durability is not FAST and (missing := confirmed.missing(append.durability)):
+        return NotDurable(f"appended as {entry_id}, but {missing}", entry_id)
+    return entry_id
 
 
 def confirming_commands(appends: Sequence[Append], most_ms: int) -> list[RedisCommand]:

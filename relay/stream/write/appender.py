@@ -328,7 +328,10 @@ class _Lanes:
                 self._held.appendleft((repeated, lane, pending))
                 repeated.add_done_callback(self._release)
                 return
-            lane.put(pending)
+            try:
+                lane.add(pending)
+            except Unavailable as exc:
+                _fail(pending, exc)
 
     def _ended(self, channel: Channel, _: object) -> None:
         lane, count = self._pending.pop(channel)
@@ -427,16 +430,10 @@ class _Lane:
             raise Unavailable(_STOPPING)
         if len(self._again) + len(self._waiting) + self._in_flight >= _MAX_WAITING:
             raise Unavailable(_TOO_MANY)
-        self.put(pending)
-
-    def put(self, pending: _PendingAppend) -> None:
-        """Add an append that has been accepted. Its future fails if this lane has stopped."""
-        if self._stopped:
-            _fail(pending, Unavailable(_STOPPING))
-            return
         self._last = pending.future
+        if not self._waiting:
+            self._work.set()
         self._waiting.append(pending)
-        self._work.set()
 
     async def run(self) -> None:
         """Send what is waiting. Runs until cancelled."""
@@ -641,6 +638,7 @@ class _Lane:
                 if isinstance(reply, bytes)
             )
         confirmed = parse_confirmations(waits, replies[len(batch) :], self._wait_ms, rejected)
+        refused = self._refused()
         for pending, reply in zip(batch, replies, strict=False):
             if pending.future.done():  # the caller was cancelled
                 continue
@@ -648,8 +646,9 @@ class _Lane:
             if isinstance(reply, bytes):
                 if self._scripts_missing:
                     self._on_overtaken(pending.append.stream)
-                if self._refusals.has(area):
+                if area in refused:
                     self._refusals.accepted(area)
+                    refused = self._refused()
             elif scripts.is_missing(reply):
                 # SCRIPT FLUSH was called. The scripts are loaded again before the next batch.
                 self._scripts_missing = True
@@ -665,11 +664,15 @@ class _Lane:
             elif rule_of(str(reply)).effect is not Effect.ONE:
                 # A key of another type concerns one channel, and its publisher gets the error.
                 self._refusals.refused(area, str(reply))
+                refused = self._refused()
             result = parse_reply(pending.append, reply, confirmed)
             if isinstance(result, EntryID):
                 pending.future.set_result(result)
             else:
                 pending.future.set_exception(result)
+
+    def _refused(self) -> list[str]:
+        return [area for area in (PUBLISHING, UIDS) if self._refusals.has(area)]
 
     def _on_missing_script(self, pending: _PendingAppend) -> None:
         """Send an append again that was certainly not carried out, within its time limit."""

@@ -96,9 +96,9 @@ class CommandExecutor:
         try:
             async for each in in_slices(parsed):
                 if isinstance(each, commands.PublishParams):
-                    started.append(await self._append("publish", "", [each]))
+                    started.append(self._append("publish", "", each, []))
                 elif each.method == "publish":
-                    started.append(await self._publish(each))
+                    started.append(self._publish(each))
                 elif each.method == "broadcast":
                     started.append(await self._broadcast(each))
                 else:
@@ -114,10 +114,10 @@ class CommandExecutor:
             raise broken
         return replies
 
-    async def _publish(self, command: commands.CentrifugoCommand) -> _PendingCommand:
+    def _publish(self, command: commands.CentrifugoCommand) -> _PendingCommand:
         method, params, uid = command
         try:
-            return await self._append(method, uid, [commands.publish(params)])
+            return self._append(method, uid, commands.publish(params), [])
         except commands.NamespaceNotFound as exc:
             return _PendingCommand(method, uid, [], str(exc), FIX)
         except commands.UndeliverableEvent:
@@ -131,47 +131,45 @@ class CommandExecutor:
             return _PendingCommand(method, uid, [], INVALID_MESSAGE, FIX)
         if not broadcast.channels or not broadcast.data:
             return _PendingCommand(method, uid, [], INVALID_MESSAGE, FIX)
-        wanted: list[commands.PublishParams] = []
-        error = ""
+        begun = _PendingCommand(method, uid, [])
         async for name in in_slices(broadcast.channels):
             try:
-                wanted.append(broadcast.publication(name))
+                publication = broadcast.publication(name)
             except commands.InvalidCommand as exc:
                 # Only the channels before this one receive the event.
                 error = str(exc) if isinstance(exc, commands.NamespaceNotFound) else INVALID_MESSAGE
+                return begun._replace(error=error, advice=FIX)
+            begun = self._append(method, uid, publication, begun.appends)
+            if begun.error:
                 break
-        begun = await self._append(method, uid, wanted)
-        return begun if begun.error or not error else begun._replace(error=error, advice=FIX)
+        return begun
 
-    async def _append(
-        self, method: str, uid: str, publications: list[commands.PublishParams]
+    def _append(
+        self, method: str, uid: str, publication: commands.PublishParams, appends: list[Appended]
     ) -> _PendingCommand:
-        appends: list[Appended] = []
+        """Append a publication. `appends` are those of the same command before it."""
+        channel, data, client, event_uid, kind, to, durability, parent = publication
+        if not self._server.may_publish_to(channel):
+            return _PendingCommand(method, uid, appends, str(commands.NamespaceNotFound()), FIX)
         try:
-            async for publication in in_slices(publications):
-                channel, data, client, event_uid, kind, to, durability, parent = publication
-                if not self._server.may_publish_to(channel):
-                    error = str(commands.NamespaceNotFound())
-                    return _PendingCommand(method, uid, appends, error, FIX)
-                append = self._server.publisher.publish(
-                    channel,
-                    data,
-                    client=client,
-                    uid=event_uid,
-                    type=kind,
-                    to=to,
-                    durability=durability,
-                    extra=tracing.field_of(parent),
-                )
-                appends.append(append)
+            append = self._server.publisher.publish(
+                channel,
+                data,
+                client=client,
+                uid=event_uid,
+                type=kind,
+                to=to,
+                durability=durability,
+                extra=tracing.field_of(parent),
+            )
         except LimitExceeded:
             return _PendingCommand(method, uid, appends, LIMIT_EXCEEDED, FIX)
         except ValueError:
             return _PendingCommand(method, uid, appends, INVALID_MESSAGE, FIX)
         except RelayError:
             return _PendingCommand(method, uid, appends, INTERNAL_ERROR, RETRY)
-        wanted = publications[0].durability if publications else None
-        return _PendingCommand(method, uid, appends, durability=wanted)
+        appends.append(append)
+        return _PendingCommand(method, uid, appends, durability=durability)
 
 
 async def _parse(
