@@ -6,6 +6,7 @@ is the comment in config.example.ini. Protocols declare their settings in their 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import ClassVar, Literal, Self
 from urllib.parse import quote
@@ -17,6 +18,8 @@ from typing_extensions import override
 from relay.config.lists import split
 from relay.core import durability
 from relay.core.client_address import TrustedProxies
+
+_ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:;/@\[\]?#]+)(:[0-9]{1,5})?")
 
 
 class Section(BaseModel):
@@ -216,8 +219,16 @@ class RedisSettings(Section):
             raise ValueError("sentinels and master_name must be set together")
         if self.url != "embedded":
             raise ValueError("set either url, or sentinels and master_name")
+        addresses = split(self.sentinels)
+        if not addresses:
+            raise ValueError("sentinels must name at least one Sentinel")
+        for address in addresses:
+            if not _ADDRESS.fullmatch(address):
+                raise ValueError(
+                    f"sentinels: {address} must be host:port, with an IPv6 address in brackets"
+                )
         scheme = "rediss+sentinel" if self.tls else "redis+sentinel"
-        url = f"{scheme}://{','.join(split(self.sentinels))}/{quote(self.master_name, '')}/{self.db}"
+        url = f"{scheme}://{','.join(addresses)}/{quote(self.master_name, '')}/{self.db}"
         # The section is frozen for its users.
         object.__setattr__(self, "url", url)
         return self

@@ -562,3 +562,12 @@ def _reader(
         control=None,
         unused=UnusedStreams(clients, keys),
     )
+
+
+async def test_servers_without_slots_are_unavailable(tmp_path: Path) -> None:
+    options = "--cluster-enabled", "yes", "--cluster-port", str(free_port())
+    server = Server(tmp_path, acl=False, options=options)
+    with running(server):
+        async with shard_clients(RedisSettings(url=RedisCluster.url_of(server))) as clients:
+            with pytest.raises(RedisUnavailable, match="no server of the Redis Cluster has a slot"):
+                await command(clients.home, "GET", "x")

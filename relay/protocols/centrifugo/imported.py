@@ -8,6 +8,7 @@ change the service are errors: ACME certificates, custom web pages and several R
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import uuid
 from collections.abc import Iterator, Mapping
@@ -304,6 +305,15 @@ def _address(given: CollectedOptions) -> Iterator[ImportedSetting]:
         yield _setting("redis", "password", password)
 
 
+# The values of an option that may be a list, and what they must be.
+_VALUES = {
+    "redis_host": (re.compile(r"[^\s/@;]+"), "must be a host, or hosts separated by commas"),
+    "redis_port": (re.compile(r"[1-9][0-9]{0,4}"), "must be a port, or ports separated by commas"),
+    "redis_db": (re.compile(r"[0-9]{1,7}"), "must be a number, or numbers separated by commas"),
+    "redis_master_name": (re.compile(r".+"), "must be a name, or names separated by commas"),
+}
+
+
 def _shards(given: CollectedOptions, *options: tuple[str, str]) -> list[list[str]]:
     """Return the values of these options for each server, as v1 does.
 
@@ -313,6 +323,10 @@ def _shards(given: CollectedOptions, *options: tuple[str, str]) -> list[list[str
         name: [part.strip() for part in given.text(name, default).split(",")]
         for name, default in options
     }
+    for name, values in lists.items():
+        form, problem = _VALUES[name]
+        if (value := given.first(name)) and not all(map(form.fullmatch, values)):
+            raise value.wrong(problem)
     longest = max(lists, key=lambda name: len(lists[name]))
     count = len(lists[longest])
     for name, values in lists.items():

@@ -14,6 +14,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
@@ -68,9 +69,10 @@ _PIPELINED = re.compile(
 
 _ENCODE = (
     "; percent-encode special characters in user and password: # is %23, / is %2F, ? is %3F,"
-    " [ is %5B"
+    " [ is %5B, @ is %40, a comma is %2C"
 )
 _AUTHORITY = re.compile(r"[^/?#]*")
+_SEPARATOR = re.compile(r"[\s,;|]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _SCHEMES = (
     "embedded, redis://, rediss://, unix://, redis+sentinel://, rediss+sentinel://,"
@@ -80,7 +82,7 @@ _SCHEMES = (
 _SENTINEL_SCHEMES = ("redis+sentinel", "rediss+sentinel", "sentinel")
 _CLUSTER_SCHEMES = ("redis+cluster", "rediss+cluster")
 # The comma before another URL, in a list of servers. Addresses of Sentinels have commas, too.
-_NEXT_URL = re.compile(r"\s*,\s*(?=[a-z][a-z+]*://)")
+_NEXT_URL = re.compile(r"\s*,\s*(?=[a-z][a-z+]*://)", re.IGNORECASE)
 # redis-py follows redirections for as long as a slot may take to move: about 2 s.
 _CLUSTER_ATTEMPTS, _CLUSTER_PAUSE_S = 8, 0.5
 # Limit of `with_short_timeouts`, in seconds.
@@ -228,25 +230,45 @@ def servers_of(settings: RedisSettings) -> list[RedisSettings]:
         return servers
     names: set[str] = set()
     for server in servers:
+        if server.url == "embedded" or server.url.lower().startswith(_CLUSTER_SCHEMES):
+            what = "the embedded one" if server.url == "embedded" else "a Redis Cluster"
+            raise ConfigError(
+                f"[redis] url: each of several servers must be an independent one, not {what}."
+                " Nodes of a Cluster are one URL: redis+cluster://HOST1,HOST2"
+            )
         name = server_name(server)
         if name in names:
-            raise ConfigError(f"[redis] url: the list contains {name} twice")
+            target = _parse_server(server)
+            remedy = (
+                "; Sentinels must monitor each primary under a name of its own"
+                if isinstance(target, _Sentinels)
+                else ""
+            )
+            raise ConfigError(f"[redis] url: the list contains {name} twice{remedy}")
         names.add(name)
     return servers
 
 
 def server_name(settings: RedisSettings) -> str:
-    """Return the name by which all workers identify this server: without user and password."""
+    """Return the name by which all workers identify this server.
+
+    It is the same for all ways to write an address, and without user and password.
+    """
     target = _parse_server(settings)
     if isinstance(target, _Sentinels):
         return f"{target.master}/{target.endpoint.db}"
-    return f"{target}/{target.db}"
+    host = target.host.lower().removesuffix(".")
+    with suppress(ValueError):
+        host = ip_address(host).compressed
+    return f"{replace(target, host=host)}/{target.db}"
 
 
 def cluster_seeds(settings: RedisSettings) -> tuple[RedisEndpoint, ...]:
     """Return the nodes of a Redis Cluster that the URL names. Empty if it is another URL."""
-    if not settings.url.startswith(_CLUSTER_SCHEMES):
+    if not settings.url.lower().startswith(_CLUSTER_SCHEMES):
         return ()
+    if _NEXT_URL.search(settings.url):
+        servers_of(settings)  # raises an error
     target = _parse(settings)
     return target.seeds if isinstance(target, _Cluster) else ()
 
@@ -380,6 +402,17 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
     return client
 
 
+class _ClusterClient(RedisCluster):
+    """redis-py's client, with its own exception for a Cluster of which no server has a slot."""
+
+    @override
+    async def initialize(self, *args: Any, **options: Any) -> RedisCluster:
+        try:
+            return await super().initialize(*args, **options)
+        except IndexError as exc:  # redis-py 8.1 takes the first of no primaries
+            raise RedisClusterException("no server of the Redis Cluster has a slot") from exc
+
+
 @asynccontextmanager
 async def cluster_client(settings: RedisSettings) -> AsyncIterator[RedisClient]:
     """Open redis-py's client of a Redis Cluster and close it at the end.
@@ -391,7 +424,7 @@ async def cluster_client(settings: RedisSettings) -> AsyncIterator[RedisClient]:
     options = _options(seeds[0], settings)
     del options["db"]
     options["retry"] = Retry(EqualJitterBackoff(cap=_CLUSTER_PAUSE_S, base=0.02), _CLUSTER_ATTEMPTS)
-    client = RedisCluster(
+    client = _ClusterClient(
         startup_nodes=[ClusterNode(seed.host, seed.port) for seed in seeds],
         require_full_coverage=False,
         **options,
@@ -591,6 +624,10 @@ def _parse(settings: RedisSettings) -> RedisEndpoint | _Sentinels | _Cluster:
         user, password = unquote(user, errors="strict"), unquote(password, errors="strict")
     except UnicodeDecodeError:
         raise ConfigError("[redis] url: user or password is not UTF-8") from None
+    if "@" in login and "," in login and url.scheme in (*_SENTINEL_SCHEMES, *_CLUSTER_SCHEMES):
+        raise ConfigError(
+            "[redis] url: write user and password once, before the first address" + _ENCODE
+        )
     configured = settings.password.get_secret_value()
     base = RedisEndpoint(username=user or settings.user, password=password or _present(configured))
     if url.scheme == "unix":
@@ -627,16 +664,22 @@ def _tls_context(settings: RedisSettings) -> ssl.SSLContext:
 
 
 def _sentinels(base: RedisEndpoint, location: str, url: SplitResult) -> _Sentinels:
-    master, _, db = unquote(url.path).strip("/").partition("/")
+    name, _, db = url.path.strip("/").partition("/")
+    master = unquote(name)
     if not master:
         raise ConfigError(
             "[redis] url: redis+sentinel:// needs the primary's name after the addresses"
         )
-    addresses = tuple(_address(part, 26379) for part in location.split(","))
+    addresses = tuple(_address(part.strip(), 26379) for part in location.split(","))
     return _Sentinels(addresses=addresses, master=master, endpoint=replace(base, db=_db(db or "0")))
 
 
 def _address(text: str, default_port: int) -> tuple[str, int]:
+    if _SEPARATOR.search(text):
+        raise ConfigError(
+            "[redis] url: address must be host:port. Several servers are one URL each, separated by"
+            " commas: redis://HOST1, redis://HOST2"
+        )
     host, colon, port = text.rpartition(":")
     if not colon or "]" in port:  # no port, or the colons are those of [::1]
         host, port = text, ""

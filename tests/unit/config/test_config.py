@@ -140,6 +140,12 @@ def test_settings_for_sentinel_are_another_form_of_the_url(ini: Callable[[str], 
     assert "set either url, or sentinels and master_name" in error(both)
     for lone in ("sentinels = s", "master_name = m"):
         assert "must be set together" in error(ini(f"[redis]\n{lone}\n"))
+    for wrong in ("s1;s2", "redis://s1", "s1, ::1:26379", "u:p@s1", "s1:port"):
+        text = error(ini(f"[redis]\nsentinels = {wrong}\nmaster_name = m\n"))
+        assert "[redis]: sentinels: " in text
+        assert "must be host:port" in text
+    both = ini("[redis]\nsentinels = s1 , [::1]:26379,\nmaster_name = m\n")
+    assert read(both).redis.url == "redis+sentinel://s1,[::1]:26379/m/0"
 
 
 def test_a_secret_from_a_file_loses_its_last_newline(

@@ -10,7 +10,7 @@ from relay.config.settings import RedisSettings
 from relay.core.errors import ConfigError
 from relay.core.model import Channel
 from relay.process.embedded import redis_address
-from relay.stream.connection.connect import cluster_seeds, describe
+from relay.stream.connection.connect import cluster_seeds, describe, servers_of
 from relay.stream.shards.hash_map import HashMap
 from relay.stream.shards.making import keys_of, shard_map
 from relay.stream.shards.shard import slot_of, tag_of
@@ -82,7 +82,18 @@ def test_keys_of_no_channel_are_on_one_server() -> None:
         (f"{A}, redis+cluster://b", "not a Redis Cluster"),
         (f"{A}, redis://:secret@b:port", "host:port"),
         ("redis+cluster://:secret@a/1", "one database"),
-        ("sentinel://s:1/main, sentinel://s:2/main", "twice"),
+        ("sentinel://s:1/main, sentinel://s:2/main", "twice; Sentinels must monitor each"),
+        ("redis://a,b", "redis://HOST1, redis://HOST2"),
+        ("redis://a:1,b:2", "redis://HOST1, redis://HOST2"),
+        ("redis://a, redis://b,", "redis://HOST1, redis://HOST2"),
+        ("redis://:secret@a redis://b", "redis://HOST1, redis://HOST2"),
+        ("redis://a;redis://b", "redis://HOST1, redis://HOST2"),
+        ("redis://a, embedded", "redis://HOST1, redis://HOST2"),
+        ("embedded, redis://a", "not the embedded one"),
+        ("redis+cluster://a, redis://b", "not a Redis Cluster"),
+        ("Redis+Cluster://a, redis+cluster://b", r"redis\+cluster://HOST1,HOST2"),
+        ("redis+cluster://:secret@a,:secret@b", "user and password once"),
+        ("sentinel://u:secret@s1,u:secret@s2/main", "user and password once"),
     ],
 )
 def test_wrong_lists(url: str, problem: str) -> None:
@@ -90,6 +101,17 @@ def test_wrong_lists(url: str, problem: str) -> None:
         shard_map(RedisSettings(url=url))
     assert "secret" not in str(refused.value)
     assert ":pw" not in str(refused.value)
+
+
+def test_ways_to_write_one_address() -> None:
+    plain = HashMap(servers_of(RedisSettings(url="redis://a, redis://[2001:db8::1]:7000/2")))
+    other = "rediss://[2001:DB8:0::0001]:7000/02,REDIS://u:p@A.:6379/"
+    assert HashMap(servers_of(RedisSettings(url=other))).names() == plain.names()
+    assert cluster_seeds(RedisSettings(url="Redis+Cluster://a"))
+    settings = RedisSettings(url="sentinel://s1, s2/my%2Fmain/3, redis://a")
+    assert describe(settings) == "primary my/main by Sentinel at s1:26379, s2:26379, a"
+    with pytest.raises(ConfigError, match="contains a:6379/0 twice"):
+        servers_of(RedisSettings(url="redis://a, redis://A"))
 
 
 def test_sentinels_have_commas_of_their_own() -> None:
