@@ -7,7 +7,8 @@ A job that is `shared` runs under a lease in Redis: of all workers of the cluste
 runs it. If a job raises a RelayError, for instance because Redis is unavailable, the error is
 logged and the job runs again at its next time. While the reader has no connection to Redis, errors
 of the connection are logged at debug level only, because the reader reports the cause. Any other
-exception is a bug and ends the process.
+exception is a bug and ends the process. If a job is due while its last run has not ended, it skips
+a run, and the log names the consequence.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+from apscheduler.events import EVENT_JOB_MAX_INSTANCES, JobSubmissionEvent
 from apscheduler.schedulers.asyncio import AsyncIOScheduler
 from apscheduler.triggers.base import BaseTrigger
 from typing_extensions import override
@@ -72,11 +74,13 @@ class PeriodicJob:
 
     `at_once`: the first run is at the start, not one period later. `shared`: only one worker of
     the cluster runs it. If `is_wanted` returns False, a run is skipped, and no lease is taken.
+    `if_late`: the consequence of a late run, for the log.
     """
 
     name: str
     every_s: float
     run: Callable[[], Awaitable[None]]
+    if_late: str
     at_once: bool = False
     shared: bool = False
     is_wanted: Callable[[], bool] = lambda: True
@@ -97,19 +101,55 @@ def worker_jobs(
     async def renew() -> None:
         admission.renew()
 
-    yield PeriodicJob(name="rights", every_s=RIGHTS_S, run=renew)
-    yield PeriodicJob(name="clock", every_s=CLOCK_S, run=measure_clock, at_once=True)
     yield PeriodicJob(
-        name="other workers", every_s=HEARTBEAT_S, run=directory.refresh, at_once=True
+        name="rights",
+        every_s=RIGHTS_S,
+        run=renew,
+        if_late="clients whose credentials have expired stay connected longer",
     )
-    yield PeriodicJob(name="heartbeat", every_s=HEARTBEAT_S, run=heartbeat.beat, at_once=True)
     yield PeriodicJob(
-        name="heartbeat until ready", every_s=NOT_READY_S, run=heartbeat.beat_unless_ready
+        name="clock",
+        every_s=CLOCK_S,
+        run=measure_clock,
+        at_once=True,
+        if_late="a change of the clock of Redis takes effect later",
     )
-    yield PeriodicJob(name="presence check", every_s=CHECK_S, run=presence.check)
-    yield PeriodicJob(name="garbage", every_s=COLLECTION_CHECK_S, run=collections.collect_if_grown)
+    yield PeriodicJob(
+        name="other workers",
+        every_s=HEARTBEAT_S,
+        run=directory.refresh,
+        at_once=True,
+        if_late="this worker detects new and stopped workers later",
+    )
+    silent = "other workers assume that this worker has crashed if it stays silent"
+    yield PeriodicJob(
+        name="heartbeat", every_s=HEARTBEAT_S, run=heartbeat.beat, at_once=True, if_late=silent
+    )
+    yield PeriodicJob(
+        name="heartbeat until ready",
+        every_s=NOT_READY_S,
+        run=heartbeat.beat_unless_ready,
+        if_late=silent,
+    )
+    yield PeriodicJob(
+        name="presence check",
+        every_s=CHECK_S,
+        run=presence.check,
+        if_late="presence that Redis has lost is restored later",
+    )
+    yield PeriodicJob(
+        name="garbage",
+        every_s=COLLECTION_CHECK_S,
+        run=collections.collect_if_grown,
+        if_late="unused memory is freed later",
+    )
     if listeners is not None:
-        yield PeriodicJob(name="worker memory", every_s=BEAT_S, run=listeners.renew)
+        yield PeriodicJob(
+            name="worker memory",
+            every_s=BEAT_S,
+            run=listeners.renew,
+            if_late="the other workers of this host may treat this worker as frozen",
+        )
 
 
 def shared_jobs(
@@ -124,15 +164,26 @@ def shared_jobs(
     """Yield the jobs that one worker runs for the whole cluster."""
     upkeep = _Upkeep(clients, keys, namespace_of, presence, refusals)
     retention_s = settings.retention_s
-    yield PeriodicJob(name="retention", every_s=retention_s, run=upkeep.trim, shared=True)
     yield PeriodicJob(
-        name="unused-streams", every_s=retention_s, run=upkeep.remove_unused, shared=True
+        name="retention",
+        every_s=retention_s,
+        run=upkeep.trim,
+        shared=True,
+        if_late="old events are removed later",
+    )
+    yield PeriodicJob(
+        name="unused-streams",
+        every_s=retention_s,
+        run=upkeep.remove_unused,
+        shared=True,
+        if_late="unused streams are removed later",
     )
     yield PeriodicJob(
         name="dead-nodes",
         every_s=settings.dead_nodes_s,
         run=upkeep.remove_dead_workers,
         shared=True,
+        if_late="consumer groups of dead workers are removed later",
     )
     # Often, because clients are waiting for leave messages.
     yield PeriodicJob(
@@ -141,6 +192,7 @@ def shared_jobs(
         run=upkeep.remove_absent,
         shared=True,
         is_wanted=lambda: presence.in_use,
+        if_late="clients of dead workers leave their channels later",
     )
 
 
@@ -179,6 +231,7 @@ class JobScheduler:
     ) -> None:
         self.jobs = jobs
         self._is_connected = is_connected
+        self._job_of = {job.name: job for job in jobs}
         self._leases = {
             job.name: Lease(
                 client=client,
@@ -199,6 +252,7 @@ class JobScheduler:
             timezone="UTC",
             job_defaults={"max_instances": 1, "coalesce": True, "misfire_grace_time": None},
         )
+        self._scheduler.add_listener(self._on_skipped, EVENT_JOB_MAX_INSTANCES)
 
     async def run(self) -> None:
         """Run the jobs until cancelled. Raise the exception of a job that has a bug."""
@@ -260,6 +314,17 @@ class JobScheduler:
             self._failed.set()
         finally:
             self._running.discard(task)
+
+    def _on_skipped(self, event: JobSubmissionEvent) -> None:
+        job = self._job_of[event.job_id]
+        _log.log(
+            logging.WARNING if self._is_connected() else logging.DEBUG,
+            "Job %s took longer than its period of %g s and skipped a run: %s. "
+            "If this repeats, check the CPU load of this host and the latency of Redis",
+            job.name,
+            job.every_s,
+            job.if_late,
+        )
 
     def _is_reported(self, exc: RelayError) -> bool:
         """Return True if the reader logs the cause of the error."""

@@ -361,8 +361,9 @@ def set_level(level: str) -> None:
     """Set the lowest level to write: debug, info, warning or error."""
     root = logging.getLogger()
     root.setLevel(level.upper())
-    # APScheduler logs each run of a job at level info.
-    logging.getLogger("apscheduler").setLevel(max(root.level, logging.WARNING))
+    # APScheduler logs each run of a job at level info. At level warning it logs skipped runs, which
+    # relay logs itself.
+    logging.getLogger("apscheduler").setLevel(max(root.level, logging.ERROR))
 
 
 def reopen() -> None:

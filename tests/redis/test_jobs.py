@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 from collections.abc import Callable
 
@@ -10,6 +11,7 @@ import pytest
 from redis.asyncio import Redis
 
 from relay.core.errors import RedisUnavailable, Unavailable
+from relay.process import logs
 from relay.process.jobs import JobScheduler, PeriodicJob
 from relay.stream.connection.connect import CommandRefused, RefusedForNow
 from relay.stream.format.keys import Keys
@@ -38,7 +40,7 @@ async def test_a_bug_in_a_job_ends_the_task_group(client: Redis, keys: Keys) -> 
     async def wrong() -> None:
         raise KeyError("a bug")
 
-    job = PeriodicJob(name="wrong", every_s=60, run=wrong, at_once=True)
+    job = PeriodicJob(name="wrong", every_s=60, run=wrong, at_once=True, if_late="")
     with pytest.raises(ExceptionGroup) as raised:
         async with asyncio.timeout(30), asyncio.TaskGroup() as group:
             group.create_task(scheduler(client, keys, "one", job).run())
@@ -59,7 +61,7 @@ async def test_an_expected_error_is_logged_and_the_job_runs_again(
             again.set()
         raise RedisUnavailable("10.0.0.5:6379 does not answer")
 
-    job = PeriodicJob(name="unlucky", every_s=0.05, run=unlucky)
+    job = PeriodicJob(name="unlucky", every_s=0.05, run=unlucky, if_late="")
     with caplog.at_level(logging.WARNING):
         async with asyncio.TaskGroup() as group:
             task = group.create_task(scheduler(client, keys, "one", job).run())
@@ -89,7 +91,7 @@ async def test_jobs_do_not_repeat_what_the_reader_logs_about_a_lost_connection(
         messages.append(f"Skipped job unlucky: {error}; next run in 0.01 s")
         raise error
 
-    job = PeriodicJob(name="unlucky", every_s=0.01, run=unlucky)
+    job = PeriodicJob(name="unlucky", every_s=0.01, run=unlucky, if_late="")
     with caplog.at_level(logging.DEBUG):
         async with asyncio.TaskGroup() as group:
             lost = scheduler(client, keys, "one", job, is_connected=lambda: False)
@@ -98,6 +100,50 @@ async def test_jobs_do_not_repeat_what_the_reader_logs_about_a_lost_connection(
             task.cancel()
     levels = {each.message: each.levelname for each in caplog.records}
     assert [levels[text] for text in messages] == ["DEBUG", "DEBUG", "WARNING", "WARNING"]
+
+
+async def test_a_job_that_takes_longer_than_its_period_is_logged_with_the_consequence(
+    client: Redis, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
+    runs, skipped = 0, asyncio.Event()
+
+    async def slow() -> None:
+        await skipped.wait()
+
+    async def quick() -> None:
+        nonlocal runs
+        runs += 1
+        if runs == 10:
+            skipped.set()
+
+    written = io.StringIO()
+    log = logs.RepeatLimiter(logging.StreamHandler(written))
+    # The levels are restored after the test.
+    for name in None, "apscheduler":
+        caplog.set_level(logging.INFO, name)
+    logs.set_level("info")
+    logging.getLogger().addHandler(log)
+    jobs = [
+        PeriodicJob(name="slow", every_s=0.01, run=slow, if_late="events are late"),
+        # While it runs ten times, `slow` is due many times.
+        PeriodicJob(name="quick", every_s=0.1, run=quick, if_late=""),
+    ]
+    try:
+        async with asyncio.TaskGroup() as group:
+            task = group.create_task(scheduler(client, keys, "one", *jobs).run())
+            await within(30, skipped.wait())
+            task.cancel()
+    finally:
+        logging.getLogger().removeHandler(log)
+        log.close()
+    line = (
+        "Job slow took longer than its period of 0.01 s and skipped a run: events are late. "
+        "If this repeats, check the CPU load of this host and the latency of Redis"
+    )
+    # A busy machine may delay the other job as well.
+    first, count = (each for each in written.getvalue().splitlines() if "quick" not in each)
+    assert first == line
+    assert count.startswith(f"{line} (repeated ")
 
 
 async def test_one_worker_runs_a_shared_job_until_it_leaves(
@@ -112,7 +158,7 @@ async def test_one_worker_runs_a_shared_job_until_it_leaves(
             changed.set()
 
         # The lease outlasts the test, so that only its release lets the other worker begin.
-        return PeriodicJob(name="trim", every_s=20, run=run, at_once=True, shared=True)
+        return PeriodicJob(name="trim", every_s=20, run=run, at_once=True, shared=True, if_late="")
 
     async def next_run() -> None:
         changed.clear()
@@ -150,7 +196,7 @@ async def test_a_job_that_is_not_wanted_takes_no_lease(
         raise AssertionError
 
     job = PeriodicJob(
-        name="trim", every_s=60, run=run, at_once=True, shared=True, is_wanted=is_wanted
+        name="trim", every_s=60, run=run, at_once=True, shared=True, is_wanted=is_wanted, if_late=""
     )
     async with asyncio.TaskGroup() as group:
         task = group.create_task(scheduler(client, keys, "one", job).run())
@@ -171,7 +217,7 @@ async def test_the_end_of_the_scheduler_waits_for_running_jobs(client: Redis, ke
             await asyncio.sleep(0)
             ended = True
 
-    job = PeriodicJob(name="slow", every_s=60, run=slow, at_once=True)
+    job = PeriodicJob(name="slow", every_s=60, run=slow, at_once=True, if_late="")
     async with asyncio.TaskGroup() as group:
         task = group.create_task(scheduler(client, keys, "one", job).run())
         await within(30, started.wait())
