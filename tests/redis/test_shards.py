@@ -43,7 +43,7 @@ from relay.stream.shards.links import ShardLinks
 from relay.stream.shards.making import keys_of, shard_map
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.server_list import check_list
-from relay.stream.shards.shard import Shard, is_misplaced
+from relay.stream.shards.shard import SLOTS, Shard, is_misplaced
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
@@ -564,10 +564,16 @@ def _reader(
     )
 
 
-async def test_servers_without_slots_are_unavailable(tmp_path: Path) -> None:
+async def test_servers_without_slots_are_unavailable_until_they_have_them(tmp_path: Path) -> None:
     options = "--cluster-enabled", "yes", "--cluster-port", str(free_port())
     server = Server(tmp_path, acl=False, options=options)
     with running(server):
         async with shard_clients(RedisSettings(url=RedisCluster.url_of(server))) as clients:
             with pytest.raises(RedisUnavailable, match="no server of the Redis Cluster has a slot"):
                 await command(clients.home, "GET", "x")
+            with server.client() as admin:
+                admin.execute_command("CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+                await until(
+                    lambda: "cluster_state:ok" in str(admin.execute_command("CLUSTER", "INFO"))
+                )
+            assert await command(clients.home, "SET", "x", "1")

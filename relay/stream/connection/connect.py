@@ -409,7 +409,12 @@ class _ClusterClient(RedisCluster):
     async def initialize(self, *args: Any, **options: Any) -> RedisCluster:
         try:
             return await super().initialize(*args, **options)
-        except IndexError as exc:  # redis-py 8.1 takes the first of no primaries
+        except IndexError as exc:
+            # redis-py 8.1 takes the first of no primaries, and before that it removes all addresses
+            # at which it could ask again.
+            nodes = self.nodes_manager
+            nodes.startup_nodes.update({node.name: node for node in self.startup_nodes})
+            await nodes.aclose("startup_nodes")
             raise RedisClusterException("no server of the Redis Cluster has a slot") from exc
 
 
