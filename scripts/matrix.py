@@ -90,11 +90,11 @@ def _problem(row: Row) -> str:
 
 def _run(row: Row) -> str:
     paths = [path for path in row.paths.split() if (ROOT / path).exists()]
-    environment = {"RELAY_TEST_PATHS": " ".join(paths)}
+    environment = {"TEST_PATHS": " ".join(paths)}
     if row.program:
-        environment["RELAY_TEST_SERVER"] = shutil.which(row.program) or ""
+        environment["TEST_SERVER"] = shutil.which(row.program) or ""
     if row.topology != "single":
-        environment["RELAY_TEST_TOPOLOGY"] = row.topology
+        environment["TEST_TOPOLOGY"] = row.topology
     with subprocess.Popen(
         [str(ROOT / "scripts/test")],
         env={**os.environ, **environment},

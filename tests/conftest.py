@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,11 @@ from tests.support import topologies
 from tests.support.relay import RelayProcess
 from tests.support.several import SeveralServers
 from tests.support.valkey import Server
+
+# Settings of a relay that the developer runs. The programs that the tests start would use them, or
+# reject them. Variables that select how the tests run therefore have another prefix, TEST_.
+for _name in [name for name in os.environ if name.startswith("RELAY_")]:
+    del os.environ[_name]
 
 
 class _ClosingLoop(asyncio.SelectorEventLoop):

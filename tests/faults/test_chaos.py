@@ -1,6 +1,6 @@
 """Many clients that disconnect and resume at random receive all events once and in order.
 
-`RELAY_PROOF_EVENTS=100000` runs it at full scale. The default is small enough for every test run.
+`TEST_CHAOS_EVENTS=100000` runs it at full scale. The default is small enough for every test run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support.chaos import ChaosClient, produce
 from tests.support.relay import RelayProcess
 from tests.support.valkey import Server, running
 
-EVENTS = int(os.environ.get("RELAY_PROOF_EVENTS", "10000"))
+EVENTS = int(os.environ.get("TEST_CHAOS_EVENTS", "10000"))
 WORKSPACES = 50
 CLIENTS = 200
 KILLS = 3

@@ -1,8 +1,8 @@
 """Each event arrives once, or with a notice, while channels move and servers of Redis fail.
 
-`RELAY_DELIVERY_MOVES=20` runs it at full scale: more clients and moves, one more primary, and
-longer freezes. `RELAY_DELIVERY_DURABILITY` and `RELAY_DELIVERY_SEED` choose the publishers'
-durability and the random numbers. `RELAY_DELIVERY_STALL_S` is the time for which the replica of the
+`TEST_DELIVERY_MOVES=20` runs it at full scale: more clients and moves, one more primary, and
+longer freezes. `TEST_DELIVERY_DURABILITY` and `TEST_DELIVERY_SEED` choose the publishers'
+durability and the random numbers. `TEST_DELIVERY_STALL_S` is the time for which the replica of the
 killed primary receives nothing.
 """
 
@@ -25,12 +25,12 @@ from tests.support.delivery import (
     server_faults,
 )
 
-MOVES = int(os.environ.get("RELAY_DELIVERY_MOVES", "3"))
-SEED = int(os.environ.get("RELAY_DELIVERY_SEED", "16"))
-DURABILITY = os.environ.get("RELAY_DELIVERY_DURABILITY", "fast")
+MOVES = int(os.environ.get("TEST_DELIVERY_MOVES", "3"))
+SEED = int(os.environ.get("TEST_DELIVERY_SEED", "16"))
+DURABILITY = os.environ.get("TEST_DELIVERY_DURABILITY", "fast")
 # WAITAOF is not in docs/redis.md's rules, because Redis 7.0 rejects rules for it.
 RIGHTS = "+waitaof" if DURABILITY.startswith("fsynced") else ""
-STALL_S = float(os.environ.get("RELAY_DELIVERY_STALL_S", "0"))
+STALL_S = float(os.environ.get("TEST_DELIVERY_STALL_S", "0"))
 IS_FULL = MOVES >= 10
 EVENTS_PER_S = 10 if IS_FULL else 4
 

@@ -1,7 +1,7 @@
 """Workers are killed while they execute commands: each command is executed once, in order per
 shard.
 
-RELAY_TEST_QUEUE=50000 runs it at full length, with a kill every 2 s. The default is a few thousand.
+TEST_QUEUE=50000 runs it at full length, with a kill every 2 s. The default is a few thousand.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from tests.support.valkey import Server, running
 
 pytestmark = pytest.mark.redis
 
-FULL = int(os.environ.get("RELAY_TEST_QUEUE", "0"))
+FULL = int(os.environ.get("TEST_QUEUE", "0"))
 COMMANDS = FULL or 4000
 BROKEN = 100
 SHARDS = 4

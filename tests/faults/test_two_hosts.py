@@ -1,6 +1,6 @@
 """Two hosts behind a proxy that is not sticky, while workers and connections die at random.
 
-`RELAY_CHAOS_S=60` runs it at full scale: with four workers for each host, and longer freezes.
+`TEST_TWO_HOSTS_S=60` runs it at full scale: with four workers for each host, and longer freezes.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import pytest
 
 from tests.support.two_hosts import Scale, run_chaos
 
-DURATION_S = float(os.environ.get("RELAY_CHAOS_S", "10"))
-SEED = int(os.environ.get("RELAY_CHAOS_SEED", "14"))
+DURATION_S = float(os.environ.get("TEST_TWO_HOSTS_S", "10"))
+SEED = int(os.environ.get("TEST_TWO_HOSTS_SEED", "14"))
 FULL = Scale(workers=4, clients=3, freeze_s=(1.0, 20.0))
 SHORT = Scale(workers=2, clients=1, freeze_s=(1.0, 4.0))
 

@@ -1,6 +1,6 @@
 """The servers that a test module shares: one, a primary behind Sentinel, a Cluster, or two.
 
-`scripts/test --matrix` chooses with the environment variable `RELAY_TEST_TOPOLOGY`. To add a
+`scripts/test --matrix` chooses with the environment variable `TEST_TOPOLOGY`. To add a
 topology, add a class to `_CLASSES` and a row to `scripts/matrix.py`. Its `url` is what relay uses;
 `client` is for the test, which must reach all keys.
 
@@ -27,7 +27,7 @@ from tests.support.redis_cluster import RedisCluster, wait_for
 from tests.support.several import SeveralServers
 from tests.support.valkey import Flavour, SentinelServer, Server, User, running
 
-TOPOLOGY = "RELAY_TEST_TOPOLOGY"
+TOPOLOGY = "TEST_TOPOLOGY"
 # The fixtures with the shared server.
 FIXTURES = {"shared_server", "valkey"}
 

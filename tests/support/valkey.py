@@ -31,7 +31,7 @@ Flavour = Literal["valkey", "redis"]
 User = Literal["relay", "producer", "maintenance", "admin"]
 
 # Environment variable with the program of another Redis server or Valkey.
-PROGRAM = "RELAY_TEST_SERVER"
+PROGRAM = "TEST_SERVER"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "redis.md"
 START_S = 60
 # Below the ports that Linux gives to outgoing connections.
