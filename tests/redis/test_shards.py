@@ -35,6 +35,7 @@ from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.groups import create_marker
+from relay.stream.read.history import History
 from relay.stream.read.reader import StreamReader
 from relay.stream.read.shard_readers import ShardReaders
 from relay.stream.shards.clients import ShardClients, shard_clients
@@ -577,3 +578,68 @@ async def test_servers_without_slots_are_unavailable_until_they_have_them(tmp_pa
                     lambda: "cluster_state:ok" in str(admin.execute_command("CLUSTER", "INFO"))
                 )
             assert await command(clients.home, "SET", "x", "1")
+
+
+async def test_a_frozen_server_does_not_hold_up_histories_of_the_others(tmp_path: Path) -> None:
+    servers = [Server(tmp_path / name, acl=False) for name in ("one", "two")]
+    urls = ",".join(each.url() for each in servers)
+    settings = RedisSettings(url=urls, command_timeout_s=15)
+    keys = keys_of(settings)
+    with running(*servers):
+        async with shard_clients(settings) as clients, asyncio.TaskGroup() as tasks:
+            links = ShardLinks(clients.shards, settings)
+            running_links = tasks.create_task(links.run())
+            await links.wait_open()
+            histories = History(
+                links=links,
+                keys=keys,
+                decode=partial(entry.decode, max_bytes=1 << 20),
+                spawn=tasks.create_task,
+                max_entry_bytes=1 << 20,
+            )
+            of: dict[str, list[Channel]] = {}
+            for channel in [Channel(f"c{number}") for number in range(100)]:
+                shard = clients.shards.shard_of(keys.stream(channel))
+                of.setdefault(shard.name, []).append(channel)
+                await command(
+                    clients.for_key(keys.stream(channel)),
+                    "XADD",
+                    keys.stream(channel),
+                    "*",
+                    "data",
+                    "1",
+                )
+            frozen, other = servers
+            (near, far) = (
+                next(names for name, names in of.items() if name.endswith(f":{each.port}"))
+                for each in (other, frozen)
+            )
+            frozen.freeze()
+            try:
+                waiting = [histories.read(channel, 1) for channel in far[:20]]
+                assert len((await histories.read(near[0], 1)).events) == 1
+                assert not any(each.done() for each in waiting)
+            finally:
+                frozen.thaw()
+            assert [len((await each).events) for each in waiting] == [1] * 20
+            running_links.cancel()
+
+
+async def test_commands_wait_for_the_connection_to_a_promoted_replica(tmp_path: Path) -> None:
+    with running_cluster(RedisCluster(tmp_path / "cluster", primaries=1, replicas=1)) as small:
+        shards = ClusterMap(small.settings())
+        await shards.refresh()
+        old, key = shards.home, b"counter:{site}"
+        async with asyncio.TaskGroup() as tasks:
+            links = ShardLinks(shards, small.settings())
+            running_links = tasks.create_task(links.run())
+            await links.wait_open()
+            sent = 0
+            await asyncio.to_thread(small.call, 1, "CLUSTER", "FAILOVER")
+            while shards.home is old or sent < 100:
+                # Each command of the old primary is refused with MOVED.
+                sent += 1
+                assert await links.call("SET", key, sent) == b"OK"
+                _, done, _ = await links.transaction(key, lambda _: [("GET", key)])
+                assert done == [b"%d" % sent]
+            running_links.cancel()

@@ -13,8 +13,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from typing import TYPE_CHECKING, cast
+from weakref import WeakKeyDictionary
 
-from relay.core.errors import RelayError, Unavailable
+from relay.core.errors import RelayError, StreamRefused, Unavailable
 from relay.core.model import Event
 from relay.core.slices import in_slices
 from relay.core.stream_interface import Snapshot
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
     from relay.stream.read.stream_commands import Decode
     from relay.stream.shards.links import ShardLinks
+    from relay.stream.shards.shard import Shard
 
 # Additional entries to read, because some are revocations or malformed.
 _MORE = 16
@@ -42,8 +44,8 @@ MAX_BYTES = 16 << 20
 # Entries in the first page. Each further page has twice as many, up to _PAGE_ENTRIES and to
 # _PAGE_BYTES if every entry had the maximum size.
 _FIRST_PAGE, _PAGE_ENTRIES, _PAGE_BYTES = 8, 64, 128 << 20
-# Channels that are read at the same time.
-_AT_ONCE = 16
+# Channels that are read at the same time, from all servers and at least from each of them.
+_AT_ONCE, _LEAST_AT_ONCE = 16, 2
 
 
 class History:
@@ -65,7 +67,8 @@ class History:
         self._requested: dict[Channel, list[tuple[int, asyncio.Future[Snapshot]]]] = {}
         self._reading: set[Channel] = set()
         self._most = max(1, min(_PAGE_ENTRIES, _PAGE_BYTES // max_entry_bytes))
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        # By server, because one that does not answer must not hold up reads from the others.
+        self._slots: WeakKeyDictionary[Shard, asyncio.Semaphore] = WeakKeyDictionary()
 
     def read(self, channel: Channel, count: int) -> asyncio.Future[Snapshot]:
         """Return the newest events: at least `count`, or all if there are fewer.
@@ -73,7 +76,8 @@ class History:
         There may be fewer events if they are larger than MAX_BYTES together.
 
         Raises:
-            Unavailable: Redis is unreachable, or the key is not a stream.
+            StreamRefused: Redis refuses to read the stream, or the key is not a stream.
+            Unavailable: Redis is unreachable.
         """
         result: asyncio.Future[Snapshot] = asyncio.get_running_loop().create_future()
         self._requested.setdefault(channel, []).append((count, result))
@@ -92,9 +96,10 @@ class History:
                 try:
                     snapshot = await self._read(channel, max(count for count, _ in waiting))
                 except RelayError as exc:
+                    error = StreamRefused if isinstance(exc, CommandRefused) else Unavailable
                     for _, result in waiting:
                         if not result.done():
-                            result.set_exception(Unavailable(str(exc)))
+                            result.set_exception(error(str(exc)))
                 else:
                     for _, result in waiting:
                         if not result.done():
@@ -104,11 +109,20 @@ class History:
             self._reading.discard(channel)
 
     async def _read(self, channel: Channel, count: int) -> Snapshot:
-        async with self._slots:
+        async with self._slots_of(channel):
             while True:
                 snapshot = await self._read_pages(channel, count)
                 if snapshot is not None:
                     return snapshot
+
+    def _slots_of(self, channel: Channel) -> asyncio.Semaphore:
+        shards = self._links.shards
+        shard = shards.shard_of(self._keys.stream(channel))
+        slots = self._slots.get(shard)
+        if slots is None:
+            most = max(_LEAST_AT_ONCE, _AT_ONCE // len(shards.shards))
+            slots = self._slots[shard] = asyncio.Semaphore(most)
+        return slots
 
     async def _read_pages(self, channel: Channel, count: int) -> Snapshot | None:
         """Return the newest events, or None if the stream was replaced between two pages."""

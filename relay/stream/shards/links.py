@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
@@ -33,6 +33,9 @@ _log = logging.getLogger(__name__)
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.2
 # Interval between checks for new shards, in case no reply reports the change.
 _CHECK_S = 1.0
+# Commands wait this long for the first connection to a shard that was found while running, such as
+# a primary that was promoted just now.
+_FOUND_S = 3.0
 _SECOND_WORD = frozenset({"XINFO", "XGROUP", "PUBSUB"})
 _SCRIPTS = frozenset({"EVAL", "EVALSHA"})
 
@@ -48,8 +51,8 @@ def key_of(command: RedisCommand) -> bytes:
 class ShardLinks:
     """One connection to each shard. `run` must be running.
 
-    Commands fail at once while their shard is unreachable. Commands of one call that are sent to
-    the same shard are executed in order.
+    Commands fail at once while their shard is unreachable, except for a moment after a promotion.
+    Commands of one call that are sent to the same shard are executed in order.
     """
 
     def __init__(
@@ -74,6 +77,8 @@ class ShardLinks:
         self._on_invalidated = on_invalidated
         self._links: dict[Shard, ReconnectingConnection] = {}
         self._tasks: dict[Shard, asyncio.Task[None]] = {}
+        # Until when commands wait for the first connection to a shard.
+        self._found_until: dict[Shard, float] = {}
         self._group: asyncio.TaskGroup | None = None
         self._subscribed: Shard | None = None
         self._opened = asyncio.Event()
@@ -119,11 +124,15 @@ class ShardLinks:
             if shard not in present or moved:
                 self._tasks.pop(shard).cancel()
                 del self._links[shard]
+                self._found_until.pop(shard, None)
         self._subscribed = home
         for shard in present:
             if shard not in self._links:
                 link = self._links[shard] = self._new_link(shard, is_home=shard is home)
                 self._tasks[shard] = group.create_task(link.run(), name=f"link {shard.name}")
+                if self._opened.is_set():
+                    now = asyncio.get_running_loop().time()
+                    self._found_until[shard] = now + _FOUND_S
         if present:
             self._opened.set()
         self._only = next(iter(self._links.values())) if len(present) == 1 else None
@@ -356,6 +365,7 @@ class ShardLinks:
         until = loop.time() + self._redis.command_timeout_s
         pause_s = _FIRST_PAUSE_S
         while True:
+            await self._wait_found([key], until)
             link = self.link_of(key)
             words = commands(link.primary)
             replies = await link.execute([*before, ("MULTI",), *words, ("EXEC",)])
@@ -379,6 +389,7 @@ class ShardLinks:
         until = loop.time() + self._redis.command_timeout_s
         pause_s = _FIRST_PAUSE_S
         while True:
+            await self._wait_found([key_of(commands[index]) for index in left], until)
             by_link: dict[ReconnectingConnection, list[int]] = {}
             for index in left:
                 by_link.setdefault(self.link_of(key_of(commands[index])), []).append(index)
@@ -400,6 +411,24 @@ class ShardLinks:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
             await self._look_again()
+
+    async def _wait_found(self, keys: Iterable[bytes], until: float) -> None:
+        """Wait for the first connections to those shards of these keys that were found just now."""
+        if any(shard not in self._links for shard in self.shards.shards):
+            await self._match()
+        if not self._found_until:
+            return
+        loop = asyncio.get_running_loop()
+        for shard in {self.shards.shard_of(key) for key in keys}:
+            link, found_until = self._links.get(shard), self._found_until.get(shard)
+            if link is None or found_until is None:
+                continue
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(min(until, found_until)):
+                    await link.wait_open()
+                    self._found_until.pop(shard, None)
+            if loop.time() >= found_until:
+                self._found_until.pop(shard, None)
 
     async def _look_again(self) -> None:
         await self.shards.refresh()
