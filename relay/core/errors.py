@@ -12,6 +12,7 @@ RelayError
 │   ├── BadRequest         malformed request
 │   └── LimitExceeded      too large, too fast, too many
 └── Unavailable            relay cannot answer now (Redis unreachable, shutdown): retry
+    └── StreamRefused      Redis refuses to read the channel's stream: retry later
 """
 
 from __future__ import annotations
@@ -90,3 +91,7 @@ class Unavailable(RelayError):
     """Relay cannot answer now. The same request may succeed later."""
 
     code = Reason.UNAVAILABLE
+
+
+class StreamRefused(Unavailable):
+    """Redis refuses to read the channel's stream, although it can be reached."""

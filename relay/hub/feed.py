@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol, cast
 
-from relay.core.errors import Forbidden, RelayError, Unavailable
+from relay.core.errors import Forbidden, RelayError, StreamRefused
 from relay.core.model import ZERO_ID, Broken, EntryID, Event, Position, Revocation
 from relay.core.reasons import Reason
 from relay.core.stream_interface import ExamineRequest, PageRequest
@@ -251,7 +251,7 @@ class Feed:
             if subscription.is_deferred:
                 self._new[subscription] = None
             else:
-                self._refuse(subscription, Unavailable(reason))
+                self._refuse(subscription, StreamRefused(reason))
 
     def on_examine_lost(self, request: ExamineRequest) -> None:
         """Add the new subscriptions to the next examination."""

@@ -160,7 +160,7 @@ class ShardReaders:
             return not self._problem
         if reader.is_connected():
             # A frozen server is still connected. If no reader is ready, this worker is only late.
-            return is_late or not reader.is_silent()
+            return not reader.refusals.cannot_read and (is_late or not reader.is_silent())
         return asyncio.get_running_loop().time() < self._promoted_until.get(shard, 0.0)
 
     def connected(self) -> dict[str, bool]:

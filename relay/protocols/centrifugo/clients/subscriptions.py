@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from relay.core.errors import Forbidden, RelayError, Unavailable
+from relay.core.errors import Forbidden, RelayError, StreamRefused, Unavailable
 from relay.core.model import Channel, parse_channel
 from relay.core.reasons import Reason
 from relay.core.slices import in_slices
@@ -30,8 +30,11 @@ if TYPE_CHECKING:
     from relay.protocols.centrifugo.server_state import ServerState
     from relay.protocols.centrifugo.settings import CentrifugoNamespace
 
-# Interval between checks whether a server that was unreachable is read again.
-_RETRY_S = (0.5, 1.5)
+# Interval between checks whether servers have become unreachable, or are read again.
+_CHECK_S = (0.5, 1.5)
+# If Redis has refused to read a stream, its server is found to be unreadable within so many checks,
+# or the refusal concerns this stream only.
+_CHECKS = 10
 
 
 @dataclass(slots=True, eq=False)
@@ -49,12 +52,13 @@ class Subscriptions:
 
     __slots__ = (
         "_active",
+        "_check",
         "_connection",
         "_infos",
         "_pending",
-        "_retry",
         "_server",
         "_unavailable",
+        "_unread",
         "admitted",
     )
 
@@ -64,9 +68,11 @@ class Subscriptions:
         self._active: set[str] = set()
         self._pending: dict[str, _PendingSubscription] = {}
         self._infos: dict[str, str] = {}
-        # Channels whose subscriptions were rejected because their server was unreachable.
+        # Channels whose subscriptions were rejected because their server cannot be read, and those
+        # that Redis refused to read, with the number of checks until the reason is known.
         self._unavailable: set[Channel] = set()
-        self._retry: asyncio.TimerHandle | None = None
+        self._unread: dict[Channel, int] = {}
+        self._check: asyncio.TimerHandle | None = None
         # Channels that the Centrifugo rules allow. The principal's `grant` looks them up.
         self.admitted: set[Channel] = set()
 
@@ -121,7 +127,7 @@ class Subscriptions:
         if self._server.names.is_private(channel) and is_json(params.info.encode()):
             self._infos[channel] = params.info
         pending = self._pending[channel] = _PendingSubscription(slot, params, rules)
-        self._stop_retry(channel)
+        self._forget_rejected(channel)
         if rules is not None and rules.recover and params.recover:
             self._connection.run(self._recover(channel, pending, rules))
         else:
@@ -136,10 +142,14 @@ class Subscriptions:
             return
         try:
             pending.snapshot = await server.context.history(channel, history.snapshot_size(rules))
-        except Unavailable:
+        except Unavailable as exc:
             if self._reject_if_away(channel, pending):
                 return
-            raise
+            if not isinstance(exc, StreamRefused):
+                raise
+            del self._pending[channel]
+            self._reject_refused(channel, pending)
+            return
         missed = history.missed(pending.snapshot, rules, pending.params.last, server.clock())
         await encoders.encode_messages(missed.events)
         self._join(channel, pending)
@@ -150,6 +160,7 @@ class Subscriptions:
             return
         position = None if pending.snapshot is None else history.position(pending.snapshot)
         self._server.context.subscribe(session, channel, position)
+        self._check_later()
 
     def _reject_if_away(self, channel: Channel, pending: _PendingSubscription) -> bool:
         """Reject the command if only the server with this channel is away.
@@ -167,36 +178,67 @@ class Subscriptions:
         if context.not_reading([]):
             raise FatalError(Reason.UNAVAILABLE)
         del self._pending[channel]
+        self._answer_unavailable(channel, pending)
+        if self._may_remember():
+            self._unavailable.add(channel)
+        return True
+
+    def _answer_unavailable(self, channel: Channel, pending: _PendingSubscription) -> None:
         self.admitted.discard(channel)
         body = codec.subscribe_body(channel, status=False)
         self._connection.answer(pending.slot, body, codec.INTERNAL_ERROR, codec.RETRY)
-        if len(self._unavailable) < self._server.settings.client_channel_limit:
-            self._unavailable.add(channel)
-        self._retry_later()
-        return True
+        self._check_later()
 
-    def _retry_later(self) -> None:
-        if self._retry is None:
-            delay_s = random.uniform(*_RETRY_S)  # noqa: S311  # not a key
-            self._retry = self._server.call_later(delay_s, self._on_retry)
+    def _reject_refused(self, channel: Channel, pending: _PendingSubscription) -> None:
+        """Reject the command, because Redis refuses to read the stream."""
+        self._answer_unavailable(channel, pending)
+        if self._may_remember():
+            self._unread[channel] = _CHECKS
 
-    def _on_retry(self) -> None:
-        """Close the connection when a channel can be read again.
+    def _may_remember(self) -> bool:
+        known = len(self._unavailable) + len(self._unread)
+        return known < self._server.settings.client_channel_limit
 
-        centrifuge-js does not repeat a rejected subscribe command before it has reconnected.
+    def _check_later(self) -> None:
+        if self._check is None and not self._connection.closed:
+            delay_s = random.uniform(*_CHECK_S)  # noqa: S311  # not a key
+            self._check = self._server.call_later(delay_s, self._on_check)
+
+    def _on_check(self) -> None:
+        """Reject subscribe commands whose server has become unreachable.
+
+        Close the connection when a channel can be read again, because centrifuge-js does not repeat
+        a rejected subscribe command before it has reconnected.
         """
-        self._retry = None
-        if all(self._server.context.not_reading([channel]) for channel in self._unavailable):
-            self._retry_later()
-        else:
+        self._check = None
+        session, not_reading = self._connection.session, self._server.context.not_reading
+        if session is None or self._connection.closed:
+            return
+        for channel, checks in list(self._unread.items()):
+            self._unread[channel] = checks - 1
+            if is_away := bool(not_reading([channel])):
+                self._unavailable.add(channel)
+            if is_away or checks <= 1:
+                del self._unread[channel]
+        if any(not not_reading([channel]) for channel in self._unavailable):
             self._connection.close(Reason.UNAVAILABLE)
+            return
+        try:
+            for name, pending in list(self._pending.items()):
+                channel = Channel(name)
+                # Without a subscription, the command waits for another answer.
+                if channel in session.subscriptions and self._reject_if_away(channel, pending):
+                    self._server.context.hub.unsubscribe(session, channel)
+        except FatalError as fatal:
+            self._connection.close(fatal.reason)
+            return
+        if self._pending or self._unavailable or self._unread:
+            self._check_later()
 
-    def _stop_retry(self, channel: Channel) -> None:
+    def _forget_rejected(self, channel: Channel) -> None:
         """Handle a new command for the channel: the connection need not be closed for it."""
         self._unavailable.discard(channel)
-        if not self._unavailable and self._retry is not None:
-            self._retry.cancel()
-            self._retry = None
+        self._unread.pop(channel, None)
 
     def unsubscribe(self, slot: ReplySlot) -> bool:
         """Unsubscribe, and reply.
@@ -207,7 +249,7 @@ class Subscriptions:
         name = codec.channel_of(slot.command.params)
         if not name:
             raise FatalError(Reason.BAD_MESSAGE)
-        self._stop_retry(Channel(name))
+        self._forget_rejected(Channel(name))
         error, active, session = "", name in self._active, self._connection.session
         if self._server.names.rules(name) is None and not (active and channels.is_foreign(name)):
             error = codec.NAMESPACE_NOT_FOUND
@@ -244,10 +286,16 @@ class Subscriptions:
         self._connection.answer(pending.slot, body, holds=True)
 
     def reject(self, channel: Channel, error: RelayError) -> None:
-        """Reply with an error. Raise FatalError if the rights could not be checked."""
+        """Reply with an error. Raise FatalError if the rights could not be checked.
+
+        The client subscribes again after it has reconnected.
+        """
         pending = self._pending.pop(channel, None)
         self.admitted.discard(channel)
         if pending is None:
+            return
+        if isinstance(error, StreamRefused):
+            self._reject_refused(channel, pending)
             return
         if not isinstance(error, Forbidden):
             raise FatalError(Reason.UNAVAILABLE)
@@ -272,8 +320,11 @@ class Subscriptions:
     def clear(self) -> None:
         """Remove all subscriptions of a closed connection."""
         self._pending.clear()
-        for channel in list(self._unavailable):
-            self._stop_retry(channel)
+        self._unavailable.clear()
+        self._unread.clear()
+        if self._check is not None:
+            self._check.cancel()
+            self._check = None
         for name in list(self._active):
             self._remove(Channel(name))
 

@@ -364,3 +364,57 @@ async def test_after_a_failover_no_client_has_recovered(bench: Bench) -> None:
     say(third, ("subscribe", {"channel": "a", "recover": True, "last": last}))
     await bench.settle()
     assert heard(socket)[0]["body"]["recovered"] is True
+
+
+async def test_the_server_of_a_pending_subscription_becomes_unreachable(bench: Bench) -> None:
+    connection, socket = await connected(bench)
+    say(connection, ("subscribe", {"channel": "b"}))
+    await bench.settle()
+    assert [each.get("error") for each in heard(socket)] == [None]
+    bench.context.streams.frozen = True
+    say(connection, ("subscribe", {"channel": "a"}))
+    # It waits for the reply to the other command.
+    say(connection, ("ping", {}))
+    await bench.settle()
+    assert heard(socket) == []
+    bench.context.away = {Channel("a")}
+    bench.pass_(2)
+    await bench.settle()
+    assert [(each["method"], each.get("error")) for each in heard(socket)] == [
+        ("subscribe", "internal server error"),
+        ("ping", None),
+    ]
+    bench.context.streams.frozen = False
+    bench.context.away.clear()
+    bench.pass_(2)
+    assert heard(socket) == ['x 3000 {"reason":"internal server error","reconnect":true}']
+
+
+@pytest.mark.parametrize("concerns", ["stream", "server"])
+async def test_redis_refuses_to_read_one_channel(bench: Bench, concerns: str) -> None:
+    connection, socket = await connected(bench)
+    say(connection, ("subscribe", {"channel": "b"}))
+    await bench.settle()
+    heard(socket)
+    bench.context.streams.frozen = True
+    say(connection, ("subscribe", {"channel": "a"}))
+    await bench.settle()
+    followed = bench.context.streams.followed[Channel("a")]
+    followed.on_examine_failed(followed.examine_request(), "the channel's stream cannot be read")
+    await bench.settle()
+    (reply,) = heard(socket)
+    assert (reply["error"], reply["advice"]) == ("internal server error", "retry")
+    bench.context.streams.frozen = False
+    if concerns == "server":
+        bench.context.away = {Channel("a")}
+        bench.pass_(5)
+        assert heard(socket) == []
+        bench.context.away.clear()
+        bench.pass_(2)
+        # As above.
+        assert heard(socket) == ['x 3000 {"reason":"internal server error","reconnect":true}']
+    else:
+        bench.pass_(60)
+        append(bench, "b", "1")
+        await bench.settle()
+        assert [each["body"]["data"] for each in heard(socket)] == [1]
