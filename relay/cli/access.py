@@ -69,9 +69,11 @@ async def revoke(redis: RedisSettings, channel: Channel, user: str) -> EntryID:
     """Revoke the right to read a channel; return the ID of the last entry that is delivered."""
     from relay.stream.shards.clients import shard_clients
     from relay.stream.shards.making import keys_of
+    from relay.stream.shards.server_list import compare_list
     from relay.stream.write import revoke as revocations
 
     async with shard_clients(redis) as clients:
+        await compare_list(clients, keys_of(redis))
         return await revocations.revoke(clients, keys_of(redis), channel, user)
 
 
@@ -79,9 +81,11 @@ async def grant(redis: RedisSettings, channel: Channel, user: str) -> EntryID | 
     """Undo a revocation; return the ID of its entry, or None if the user was not revoked."""
     from relay.stream.shards.clients import shard_clients
     from relay.stream.shards.making import keys_of
+    from relay.stream.shards.server_list import compare_list
     from relay.stream.write import revoke as revocations
 
     async with shard_clients(redis) as clients:
+        await compare_list(clients, keys_of(redis))
         return await revocations.grant(clients, keys_of(redis), channel, user)
 
 

@@ -11,6 +11,7 @@ from relay.cli import connections, dead_letters, events, journal, reshard, strea
 from relay.cli.configured import configuration
 from relay.cli.operator_context import OperatorContext, operator_context
 from relay.config.loading import Config
+from relay.stream.shards.server_list import compare_list
 
 Command = Callable[[OperatorContext, argparse.Namespace], Awaitable[int]]
 
@@ -42,4 +43,6 @@ def run(options: argparse.Namespace) -> int:
 
 async def _run(options: argparse.Namespace, config: Config) -> int:
     async with operator_context(config) as site:
+        if options.command != "reshard":
+            await compare_list(site.clients, site.keys)
         return await _COMMANDS[options.command](site, options)

@@ -66,7 +66,7 @@ from relay.stream.connection.connect import change_password
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.making import keys_of
-from relay.stream.shards.server_list import check_list
+from relay.stream.shards.server_list import check_list, check_same_servers
 from relay.stream.write.confirmations import check_namespaces
 from relay.transports.socket.inherited import InheritedSocket
 from relay.transports.socket.listener import raise_open_file_limit
@@ -184,6 +184,7 @@ class Relay:
             if url := config.console.redis_url.get_secret_value():
                 operator = redis.model_copy(update={"url": url, "password": SecretStr("")})
                 operators = await stack.enter_async_context(shard_clients(operator))
+                check_same_servers(clients, operators, "[console] redis_url")
             if not self._check_only:
                 check = _check_redis(clients, redis, config.namespaces)
                 checking = asyncio.get_running_loop().create_task(check)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.hash_map import ServerShard
 from relay.stream.shards.server_list import check_list, store_list
 from relay.stream.upkeep.reshard import Move, Reshard, Resharded
+from tests.support.cli import run_here
 from tests.support.valkey import Server, binary, running
 
 pytestmark = pytest.mark.redis
@@ -349,3 +351,20 @@ async def test_a_forgotten_reshard_is_noticed(servers: list[Server]) -> None:
             await check_list(clients, several)
         await reshard(clients)
         await check_list(clients, several)
+
+
+@pytest.mark.parametrize(
+    "words", [["revoke", "c1", "anna"], ["grant", "c1", "anna"], ["publish", "c1", "1"], ["doctor"]]
+)
+async def test_commands_with_another_list_are_refused(
+    servers: list[Server], words: list[str]
+) -> None:
+    one, two, _ = servers
+    async with shard_clients(settings(one, two)) as clients:
+        await store_list(clients, Keys("relay:", has_site_tag=True))
+    environment = {"RELAY_REDIS_URL": one.url("maintenance"), "RELAY_SERVER_PORT": "0"}
+    done = await asyncio.to_thread(run_here, words, environment)
+    assert done.returncode == 1
+    assert "[redis] url: this site uses another list of servers" in done.stdout + done.stderr
+    with one.client() as admin:
+        assert admin.keys() == [b"relay:servers"]

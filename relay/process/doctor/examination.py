@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from relay.core.errors import RelayError
+from relay.core.errors import RelayError, StartError
 from relay.process import app
 from relay.process.addresses import check_addresses
 from relay.process.doctor import (
@@ -17,6 +17,7 @@ from relay.process.doctor import (
 from relay.process.doctor.finding import Finding, Level, error, of_server
 from relay.process.internal_address import check_internal
 from relay.stream.shards.server_errors import ServerErrors
+from relay.stream.shards.server_list import compare_list
 
 if TYPE_CHECKING:
     from relay.config.loading import Config
@@ -36,6 +37,10 @@ async def examine(config: Config, clients: ShardClients, keys: Keys) -> list[Fin
         shards = await clients.each()
     except RelayError as exc:
         return in_order([*found, redis_checks.unreachable(config, exc)])
+    try:
+        await compare_list(clients, keys)
+    except StartError as exc:
+        found.append(not_served(exc))
     errors = ServerErrors()
     for shard, client in shards:
         of_this = await redis_checks.check(config, client, keys, shard, errors)

@@ -59,7 +59,7 @@ async def check(
                 "redis.version",
                 str(exc),
                 "relay does not start with this server.",
-                "Install Redis 7.2 or newer, or Valkey, and set [redis] url to it",
+                "Set [redis] url as this line says, or to Redis 7.2 or newer, or Valkey",
             )
         ]
     except (RelayError, OSError) as exc:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
-from relay.core.errors import RedisUnavailable, StartError
+from relay.core.errors import ConfigError, RedisUnavailable, StartError
 from relay.stream.connection.connect import (
     CommandRefused,
     command,
@@ -25,6 +25,7 @@ from relay.stream.shards.hash_map import HashMap, ServerShard
 if TYPE_CHECKING:
     from relay.stream.connection.connect import RedisEndpoint
     from relay.stream.shards.clients import ShardClients
+    from relay.stream.shards.shard import ShardMap
 
 _Step = Callable[[PipelineConnection, ServerShard], Awaitable[object]]
 
@@ -42,6 +43,37 @@ async def check_list(clients: ShardClients, keys: Keys) -> None:
     """
     if isinstance(clients.shards, HashMap):
         await _Check(clients.shards, keys).run()
+
+
+async def compare_list(clients: ShardClients, keys: Keys) -> None:
+    """Compare the list with those that are stored on its servers, and store nothing.
+
+    Servers that cannot be reached are ignored.
+
+    Raises:
+        StartError: The site uses another list, or a server has two names.
+    """
+    if isinstance(clients.shards, HashMap):
+        await _Check(clients.shards, keys).compare()
+
+
+def check_same_servers(clients: ShardClients, others: ShardClients, setting: str) -> None:
+    """Raise ConfigError if the URL in another setting would find keys on other servers.
+
+    A single server may have several names.
+    """
+    own, other = (_list_of(each.shards) for each in (clients, others))
+    if own != other:
+        raise ConfigError(
+            f"{setting}: must name the same servers as [redis] url, for keys to be found:"
+            f" {own or 'one server'} instead of {other or 'one server'}"
+        )
+
+
+def _list_of(shards: ShardMap) -> str:
+    if not isinstance(shards, HashMap):
+        return "a Redis Cluster"
+    return shards.names() if len(shards.shards) > 1 else ""
 
 
 async def store_list(
@@ -84,18 +116,27 @@ class _Check:
 
     async def run(self) -> None:
         """Check all servers. StartError as of `check_list`."""
-        shards = self._shards.shards
         # A single server has no list: its address may be another one for each host.
-        steps = (self._compare,) if len(shards) == 1 else (self._compare, self._check_server)
+        if len(self._shards.shards) == 1:
+            await self.compare()
+            return
         # Compare all of them before the list is stored on any.
-        for step in steps:
-            for shard in sorted(shards, key=lambda shard: shard.name):
-                if shard.before_use is None:
-                    try:
-                        endpoint = await discover(shard.settings)
-                        await self._examine(step, shard, endpoint)
-                    except RedisUnavailable:
-                        shard.before_use = partial(self._examine, steps[-1], shard)
+        for step in (self._compare, self._check_server):
+            await self._each(step, self._check_server)
+
+    async def compare(self) -> None:
+        """Compare the list. StartError as of `compare_list`."""
+        await self._each(self._compare, self._compare)
+
+    async def _each(self, step: _Step, later: _Step) -> None:
+        """Carry out one step on each server, or another one once the server can be reached."""
+        for shard in sorted(self._shards.shards, key=lambda shard: shard.name):
+            if shard.before_use is None:
+                try:
+                    endpoint = await discover(shard.settings)
+                    await self._examine(step, shard, endpoint)
+                except RedisUnavailable:
+                    shard.before_use = partial(self._examine, later, shard)
 
     async def _examine(self, step: _Step, shard: ServerShard, endpoint: RedisEndpoint) -> None:
         """Carry out one step on one server. Errors as of `_compare`.

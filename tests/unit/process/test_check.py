@@ -33,6 +33,10 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
         (["server.host=localhost", "redis.embedded_port=8000"], "[redis] embedded_port"),
         (["metrics.port=8001", "node.workers=3", "protocol:native.port=8003"], "[metrics] port"),
         (["metrics.port=65535", "node.workers=2"], "the last port is 65535"),
+        (
+            ["redis.url=redis://a, redis://b", "console.redis_url=redis://u:p@a"],
+            "[console] redis_url: must name the same servers as [redis] url",
+        ),
         (["producer:spool.path=/no/such/spool"], "[producer:spool] path"),
         (["producer:socketio_emitter.redis_url=redis://h:p/0"], "emitter] redis_url: address"),
         (["redis.tls_ca=/no/such.pem", "redis.url=rediss://localhost/0"], "[redis] tls_ca"),
