@@ -32,8 +32,8 @@ class ConnectionInfo:
         """`address` is the peer's. `headers` are those of the request."""
         headers = headers or {}
         self.id = os.urandom(6).hex()
-        self.address = address
-        # Many clients send the same text, which is stored once.
+        # Many clients have the same texts, which are stored once.
+        self.address = sys.intern(address)
         self.agent = sys.intern(_clean(headers.get("User-Agent", ""), _AGENT_CHARS))
         # The address that a proxy reports. A client that connects directly can send any.
         self.forwarded_for = _clean(headers.get("X-Forwarded-For", ""), _ADDRESS_CHARS)

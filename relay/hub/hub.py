@@ -159,12 +159,12 @@ class Hub:
     def reserve(self, session: Session, channel: Channel) -> None:
         """Record that the client waits for an answer about its rights."""
         self._check_new(session, channel)
-        session.reserved.add(channel)
+        session.reserved[channel] = None
 
     def unreserve(self, session: Session, channel: Channel) -> bool:
         """End the wait. Return False if the client has unsubscribed or disconnected meanwhile."""
         wanted = channel in session.reserved
-        session.reserved.discard(channel)
+        session.reserved.pop(channel, None)
         return wanted
 
     @staticmethod
@@ -175,7 +175,7 @@ class Hub:
     def unsubscribe(self, session: Session, channel: Channel) -> None:
         """End a subscription. BadRequest if there is none."""
         if channel in session.reserved:
-            session.reserved.discard(channel)
+            del session.reserved[channel]
             return
         subscription = session.subscriptions.pop(channel, None)
         if subscription is None:

@@ -364,8 +364,9 @@ class Session:
         self.encoder = encoder
         self.client = client
         self.subscriptions: dict[Channel, Subscription] = {}
-        # Channels whose rights are being requested. They are not subscriptions yet.
-        self.reserved: set[Channel] = set()
+        # Channels whose rights are being requested. They are not subscriptions yet. A set would
+        # take 152 bytes more, and almost always it is empty.
+        self.reserved: dict[Channel, None] = {}
         self.paused = True
         self.closed = False
         # Describes the client's connection.

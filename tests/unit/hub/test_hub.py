@@ -1,10 +1,12 @@
 import asyncio
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from relay.core.connection import ConnectionInfo
 from relay.core.errors import BadRequest, LimitExceeded, Unauthorized
 from relay.core.model import (
     ZERO_ID,
@@ -20,9 +22,21 @@ from relay.core.reasons import Reason
 from relay.core.stream_interface import Examined, Page
 from relay.hub.hub import Hub
 from relay.hub.session import Subscription, SubscriptionMode
-from tests.support.hub import INCARNATION, NEWS, Reads, Words, event, examine, join, make_hub
+from tests.support.hub import (
+    INCARNATION,
+    NEWS,
+    Client,
+    Reads,
+    Words,
+    event,
+    examine,
+    join,
+    make_hub,
+)
 
 ANN = Principal(user="ann")
+# Of the hub for an idle client: session, subscription, and the description of its connection.
+MOST_BYTES = 1100
 
 
 def test_a_user_has_so_many_connections_and_no_more() -> None:
@@ -39,6 +53,25 @@ def test_a_user_has_so_many_connections_and_no_more() -> None:
 def test_anonymous_clients_are_not_one_user() -> None:
     hub = make_hub(Reads(), most=1)
     assert [join(hub, Principal(), Words()) for _ in range(3)]
+
+
+def test_an_idle_client_takes_little_memory() -> None:
+    hub, encoder, client = make_hub(Reads()), Words(), Client()
+
+    def open_one() -> None:
+        info = ConnectionInfo(".".join(["10", "0", "0", "1"]))
+        hub.subscribe(hub.open(Principal(), encoder, client, info), NEWS, None)
+
+    open_one()
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(1000):
+            open_one()
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (after - before) / 1000 <= MOST_BYTES
 
 
 def test_a_channel_is_subscribed_to_once() -> None:
