@@ -38,7 +38,7 @@ from relay.process import logs
 from relay.process.addresses import check_inherited
 from relay.process.composition import Foundation, Parts, build, http_rights, section_of
 from relay.process.doctor.at_start import log_faults
-from relay.process.drain import at_most, drain, end_all, wait_closed, wait_for_silence
+from relay.process.drain import at_most, drain, wait_closed, wait_for_silence
 from relay.process.embedded import (
     EmbeddedValkey,
     lock_path,
@@ -62,6 +62,7 @@ from relay.process.service_manager import notify
 from relay.process.start_signals import STOP_SIGNALS, release_signals
 from relay.process.tracing import tracing
 from relay.stream.cluster.workers import check_schema
+from relay.stream.connection.cancellation import end_all
 from relay.stream.connection.connect import change_password
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.shards.clients import ShardClients, shard_clients

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from relay.core.reasons import Reason
+from relay.stream.connection.cancellation import end_all
 
 if TYPE_CHECKING:
     from relay.doorkit.contract import Mounted
@@ -22,7 +23,6 @@ _TOGETHER_S = 0.005
 # that are still connected receive nothing.
 _AT_ONCE = 16
 _LAST_BYTES_S = 2.0
-_CANCEL_AGAIN_S = 0.2
 
 
 async def drain(
@@ -92,16 +92,3 @@ async def at_most(limit_s: float, work: Coroutine[Any, Any, None], purpose: str)
         await end_all({task})
     if not task.cancelled():
         task.result()
-
-
-async def end_all(tasks: Iterable[asyncio.Task[None]]) -> None:
-    """Cancel the tasks repeatedly until they have ended.
-
-    Once is not enough: redis-py 8.1 on Python 3.11 ignores nearly half of the cancellations while
-    it sends a command (132 of 300 in a loop of SET).
-    """
-    left = set(tasks)
-    while left:
-        for task in left:
-            task.cancel()
-        _, left = await asyncio.wait(left, timeout=_CANCEL_AGAIN_S)

@@ -30,11 +30,11 @@ from typing_extensions import override
 
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
 from relay.core.worker_memory import BEAT_S
-from relay.process.drain import end_all
 from relay.process.garbage import CHECK_S as COLLECTION_CHECK_S
 from relay.stream.cluster.leases import Lease
 from relay.stream.cluster.presence import CHECK_S
 from relay.stream.cluster.workers import HEARTBEAT_S, NOT_READY_S, DeadWorkerDetector
+from relay.stream.connection.cancellation import end_all
 from relay.stream.connection.connect import RefusedForNow
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep.dead_workers import DeadWorkersJob

@@ -240,23 +240,23 @@ async def one_away(server: Server) -> AsyncIterator[tuple[ShardClients, Keys, st
         address = f"127.0.0.1:{free_port()}"
         settings = RedisSettings(url=f"redis://{address}, {server.url('admin')}")
         async with shard_clients(settings) as clients:
-            if clients.shards.home.name.endswith(f":{server.port}"):
+            if clients.shards.home.name != address:
                 yield clients, keys_of(settings), address
                 return
 
 
-def channels_of(clients: ShardClients, keys: Keys, port: int) -> Iterator[Channel]:
-    """Yield channels whose streams are on the server with this port."""
+def channels_of(clients: ShardClients, keys: Keys, shard: Shard) -> Iterator[Channel]:
+    """Yield channels whose streams are on this server."""
     for number in itertools.count():
         channel = Channel(f"c{number}")
-        if clients.shards.shard_of(keys.stream(channel)).name.endswith(f":{port}"):
+        if clients.shards.shard_of(keys.stream(channel)) is shard:
             yield channel
 
 
 @pytest.mark.single_server("combines the shared server with another")
 async def test_a_server_that_is_away_does_not_stop_the_jobs_for_others(server: Server) -> None:
     async with one_away(server) as (clients, keys, address):
-        channel, empty = itertools.islice(channels_of(clients, keys, server.port), 2)
+        channel, empty = itertools.islice(channels_of(clients, keys, clients.shards.home), 2)
         client = clients.home
         stream, unused = keys.stream(channel), keys.stream(empty)
         await command(client, "XADD", stream, "1-*", "data", "1")
@@ -294,8 +294,9 @@ async def test_commands_show_what_they_can_read_and_name_a_server_that_is_away(
     server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     async with one_away(server) as (clients, keys, address):
-        near = next(channels_of(clients, keys, server.port))
-        far = next(channels_of(clients, keys, int(address.rpartition(":")[2])))
+        home = clients.shards.home
+        (away,) = (shard for shard in clients.shards.shards if shard is not home)
+        near, far = (next(channels_of(clients, keys, shard)) for shard in (home, away))
         await command(clients.home, "XADD", keys.stream(near), "*", "data", "1")
         config = load(None, environ={}, overrides=[], flags={}, doors={})
         site = OperatorContext(config=config, clients=clients, keys=keys)

@@ -47,6 +47,7 @@ from relay.stream.connection.addresses import (
     AnyAddressOfPrimaryTls,
     AnyAddressTls,
 )
+from relay.stream.connection.cancellation import cancellation_kept
 from relay.stream.connection.refusals import (
     TEMPORARY_CODES,
     Effect,
@@ -360,7 +361,8 @@ async def discover(settings: RedisSettings) -> RedisEndpoint:
         return target
     async with _sentinel(target, settings) as asked_all:
         try:
-            host, port = await asked_all.discover_master(target.master)
+            with cancellation_kept():
+                host, port = await asked_all.discover_master(target.master)
         except (RedisError, OSError) as exc:
             asked = ", ".join(f"{host}:{port}" for host, port in target.addresses)
             raise RedisUnavailable(
@@ -444,9 +446,10 @@ async def cluster_client(settings: RedisSettings) -> AsyncIterator[RedisClient]:
 
 @contextmanager
 def translated() -> Iterator[None]:
-    """Translate exceptions of redis-py into relay's."""
+    """Translate exceptions of redis-py into relay's. Keep cancellations, which it may swallow."""
     try:
-        yield
+        with cancellation_kept():
+            yield
     except (ReadOnlyError, MasterDownError, ClusterDownError, BusyLoadingError) as exc:
         raise RedisUnavailable(f"Redis cannot serve now: {exc}") from exc
     except ResponseError as exc:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, cast
 
 from redis.backoff import EqualJitterBackoff
 
 from relay.core.errors import RedisUnavailable, Unavailable
+from relay.stream.connection.cancellation import cancellation_kept
 from relay.stream.connection.connect import CommandRefused, discover
 from relay.stream.connection.pipeline_connection import PipelineConnection, ReplyError, unawaited
 from relay.stream.connection.primary import Continued, Primary
@@ -54,7 +55,7 @@ class Backoff:
 
 
 async def keep_connected(
-    serve: Callable[[Callable[[], None]], Awaitable[None]],
+    serve: Callable[[Callable[[], None]], Coroutine[object, object, None]],
     on_error: Callable[[BaseException], None],
     backoff: Backoff | None = None,
 ) -> None:
@@ -78,13 +79,16 @@ async def keep_connected(
 
     while True:
         established_at = None
+        # In a task of its own: a TaskGroup of Python 3.11 that fails leaves its task cancelled
+        # (asyncio/taskgroups.py of 3.11.2), which looks like a cancellation of this loop.
+        serving = loop.create_task(serve(established), name="connection")
         try:
-            await serve(established)
+            with cancellation_kept():
+                await serving
         except* (RedisUnavailable, CommandRefused) as group:
             on_error(_first_of(group))
         else:
             return
-        _uncancel()
         if established_at is not None and loop.time() - established_at > _STABLE_S:
             backoff.reset()
         await backoff.pause()
@@ -281,18 +285,6 @@ class ReconnectingConnection:
             name, payload = push[-2:]
             if isinstance(name, bytes) and isinstance(payload, bytes):
                 self._on_message(name, payload)
-
-
-def _uncancel() -> None:
-    """Reset the cancellation count that a failed TaskGroup leaves in the current task.
-
-    TaskGroup of Python 3.11 cancels its own task if a child fails while `__aexit__` is waiting, and
-    does not undo that (asyncio/taskgroups.py of 3.11.2). The next `asyncio.timeout` in the task
-    would then end the task silently instead of raising TimeoutError.
-    """
-    task = asyncio.current_task()
-    while task is not None and task.cancelling():
-        task.uncancel()
 
 
 def _first_of(group: BaseExceptionGroup[Exception]) -> BaseException:

@@ -20,6 +20,8 @@ from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
 from redis.exceptions import RedisError
 from typing_extensions import override
 
+from relay.stream.connection.cancellation import end_all
+
 # After the first usable answer, wait this long for the answers of other Sentinels.
 _OTHERS_S = 0.1
 
@@ -57,12 +59,19 @@ class ConcurrentSentinels(Sentinel):
                         limit = _OTHERS_S
         finally:
             for each in asking:
-                each.cancel()
+                each.add_done_callback(_ignore)
+            # The caller closes the clients next. A task that still runs would connect again.
+            await end_all(asking)
         if not found:
             text = ", ".join(dict.fromkeys(causes)) or "none known"
             raise MasterNotFoundError(f"Sentinel has no usable primary ({text})")
         _, host, port = max(found)
         return host, port
+
+
+def _ignore(asked: asyncio.Task[dict[str, Any]]) -> None:
+    if not asked.cancelled():
+        asked.exception()
 
 
 async def _masters(sentinel: Redis) -> dict[str, Any]:

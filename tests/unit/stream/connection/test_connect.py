@@ -78,7 +78,7 @@ def test_an_endpoint_is_shown_without_its_password() -> None:
     assert "secret" not in repr(endpoint)
 
 
-def test_redis_py_errors_leave_as_ours() -> None:
+async def test_redis_py_errors_leave_as_ours() -> None:
     with pytest.raises(CommandRefused) as refused, translated():
         raise ResponseError("WRONGTYPE Operation against a key")
     assert refused.value.code == "WRONGTYPE"
