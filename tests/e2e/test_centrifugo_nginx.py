@@ -17,7 +17,11 @@ from tests.support.clients import within
 from tests.support.nginx import nginx, recipes
 from tests.support.valkey import Server, free_port
 
-pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.redis,
+    pytest.mark.timeout(120),
+    pytest.mark.single_server("options of Centrifugo v1, which has no Redis Cluster"),
+]
 LIMIT_S = 20.0
 # A loopback address that the recipes do not allow.
 ELSEWHERE = ("127.0.0.2", 0)

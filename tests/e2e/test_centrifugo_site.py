@@ -19,7 +19,11 @@ from tests.support.centrifugo_site import SECRET, V1, eventually, fetch, publish
 from tests.support.cli import run_here
 from tests.support.valkey import Server, free_port
 
-pytestmark = [pytest.mark.redis, pytest.mark.timeout(120)]
+pytestmark = [
+    pytest.mark.redis,
+    pytest.mark.timeout(120),
+    pytest.mark.single_server("options of Centrifugo v1, which has no Redis Cluster"),
+]
 OK = b'[{"method":"publish","error":null,"body":null}]'
 
 

@@ -80,6 +80,7 @@ async def test_a_uid_is_appended_once_and_gives_the_first_id(
     assert 0 < redis(valkey, "PTTL", f"relay:uid:{{{channel}}}:order 7") <= 86_400_000
 
 
+@pytest.mark.single_server("the URL of these tools names one server")
 async def test_prefix_and_a_login_in_the_url_are_used(
     valkey: Server, tool: Tool, channel: str
 ) -> None:

@@ -110,7 +110,10 @@ class SeveralServers(Server):
     def routes(self, words: Sequence[Word]) -> Iterator[tuple[Server, tuple[Word, ...]]]:
         """Split a command into commands for single servers."""
         name, *more = _bytes(words[0]).upper().split()
-        if name in _OF_EACH_SERVER:
+        if name == b"PUBSUB" and words[1] == "NUMSUB":
+            command = "SHARDNUMSUB" if self.is_cluster else "NUMSUB"
+            yield self._routed(name, ["PUBSUB", command, *words[2:]], 2)
+        elif name in _OF_EACH_SERVER:
             for server in self.servers:
                 yield server, tuple(words)
                 if name == b"KEYS":
@@ -177,11 +180,22 @@ class RoutedClient(redis.Redis):
         return batch
 
     def execute(self) -> list[Any]:
-        """Execute the commands of a pipeline."""
-        waiting, self._waiting = self._waiting or [], None
-        replies = [self.execute_command(*words) for words in waiting]
-        self._waiting = []
-        return replies
+        """Execute the commands of a pipeline, with one pipeline for each server."""
+        waiting, self._waiting = self._waiting or [], []
+        parts: dict[Server, Any] = {}
+        replies: list[list[Any]] = []
+        places: dict[Server, list[list[Any]]] = {}
+        for words in waiting:
+            replies.append([])
+            for server, own in self._servers.routes(words):
+                if server not in parts:
+                    parts[server] = self._clients[server].pipeline(transaction=False)
+                parts[server].execute_command(*own)
+                places.setdefault(server, []).append(replies[-1])
+        for server, part in parts.items():
+            for place, reply in zip(places[server], part.execute(), strict=True):
+                place.append(reply)
+        return [merged(each) for each in replies]
 
     @override
     def close(self) -> None:
