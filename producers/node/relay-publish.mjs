@@ -39,7 +39,10 @@ const TEMPORARY =
 // Appends once per uid, and returns the ID of the first entry.
 const APPEND_ONCE = `\
 local known = redis.call('GET', KEYS[2])
-if known then return known end
+if known then
+  if KEYS[3] then redis.call('SET', KEYS[3], '', 'PX', 1000) end
+  return known
+end
 local id = redis.call('XADD', KEYS[1], unpack(ARGV, 2))
 redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
 return id

@@ -35,7 +35,10 @@ const RELAY_TEMPORARY = '/^-(BUSY|MISCONF|OOM|TRYAGAIN|LOADING|READONLY|MASTERDO
 /** Appends once per uid, and returns the ID of the first entry. */
 const RELAY_APPEND_ONCE = <<<'LUA'
 local known = redis.call('GET', KEYS[2])
-if known then return known end
+if known then
+  if KEYS[3] then redis.call('SET', KEYS[3], '', 'PX', 1000) end
+  return known
+end
 local id = redis.call('XADD', KEYS[1], unpack(ARGV, 2))
 redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
 return id

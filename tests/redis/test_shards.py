@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import threading
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -44,7 +45,7 @@ from relay.stream.shards.links import ShardLinks
 from relay.stream.shards.making import keys_of, shard_map
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.server_list import check_list
-from relay.stream.shards.shard import SLOTS, Shard, is_misplaced
+from relay.stream.shards.shard import SLOTS, Shard, ShardMap, is_misplaced
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
@@ -232,6 +233,65 @@ async def test_a_known_uid_is_confirmed_only_when_the_replica_has_its_entry(
         small.servers[1].thaw()
 
 
+async def test_appends_are_confirmed_while_a_slot_is_moved(
+    tmp_path: Path, flavour: Flavour
+) -> None:
+    wanted = Durability.parse("replicated:1")
+    with running_cluster(RedisCluster(tmp_path, flavour, primaries=2, replicas=1)) as small:
+        settings = small.settings()
+        keys, shards = keys_of(settings), ClusterMap(settings)
+        await shards.refresh()
+        appender = Appender(
+            shards=shards,
+            keys=keys,
+            redis=settings,
+            settings=PublishSettings(timeout_s=20),
+            namespace_of=lambda _: NamespaceSettings(),
+        )
+        stream = keys.stream(NEWS)
+        other = next(channels_of(shards, keys, shards.shard_of(stream)))
+        migrating, resume = threading.Event(), threading.Event()
+
+        def between(step: str) -> None:
+            if step == "migrating":
+                migrating.set()
+                assert resume.wait(60)
+
+        def update(value: bytes) -> asyncio.Future[EntryID]:
+            fields = [b"data", b"1", b"type", b"t", b"value", value]
+            return appender.append(NEWS, fields, unless_latest=b"value", durability=wanted)
+
+        async with asyncio.TaskGroup() as tasks:
+            task = tasks.create_task(appender.run())
+            try:
+                known = await appender.append(NEWS, [b"data", b"0"], "a", durability=wanted)
+                latest = await update(b"x")
+                source = await asyncio.to_thread(small.owner_of, stream)
+                target = 1 - source
+                # The mark that an append may have left soon expires.
+                await asyncio.to_thread(small.call, source, "DEL", keys.uid(NEWS, ""))
+                move = partial(small.move, stream, target, between)
+                moving = tasks.create_task(asyncio.to_thread(move))
+                await asyncio.to_thread(migrating.wait)
+                # Neither of these appends anything, and one that does is in the same batch.
+                repeated = appender.append(NEWS, [b"data", b"0"], "a", durability=wanted)
+                same = update(b"x")
+                await within(60, appender.append(other, [b"data", b"1"], durability=wanted))
+                changed = [update(b"y"), update(b"y"), update(b"x")]
+                last = appender.append(other, [b"data", b"2"], "b", durability=wanted)
+                await within(60, last)
+                resume.set()
+                assert [await within(60, repeated), await within(60, same)] == [known, latest]
+                found = [await within(60, each) for each in changed]
+                assert found[0] == found[1]
+                await moving
+            finally:
+                resume.set()
+                task.cancel()
+        entries = await asyncio.to_thread(small.call, target, "XRANGE", stream, "-", "+")
+        assert [EntryID.parse(each[0]) for each in entries] == [known, latest, found[0], found[2]]
+
+
 @contextlib.asynccontextmanager
 async def one_away(server: Server) -> AsyncIterator[tuple[ShardClients, Keys, str]]:
     """Yield the clients of two servers, of which one cannot be reached and comes first, the keys,
@@ -245,18 +305,18 @@ async def one_away(server: Server) -> AsyncIterator[tuple[ShardClients, Keys, st
                 return
 
 
-def channels_of(clients: ShardClients, keys: Keys, shard: Shard) -> Iterator[Channel]:
+def channels_of(shards: ShardMap, keys: Keys, shard: Shard) -> Iterator[Channel]:
     """Yield channels whose streams are on this server."""
     for number in itertools.count():
         channel = Channel(f"c{number}")
-        if clients.shards.shard_of(keys.stream(channel)) is shard:
+        if shards.shard_of(keys.stream(channel)) is shard:
             yield channel
 
 
 @pytest.mark.single_server("combines the shared server with another")
 async def test_a_server_that_is_away_does_not_stop_the_jobs_for_others(server: Server) -> None:
     async with one_away(server) as (clients, keys, address):
-        channel, empty = itertools.islice(channels_of(clients, keys, clients.shards.home), 2)
+        channel, empty = itertools.islice(channels_of(clients.shards, keys, clients.shards.home), 2)
         client = clients.home
         stream, unused = keys.stream(channel), keys.stream(empty)
         await command(client, "XADD", stream, "1-*", "data", "1")
@@ -296,7 +356,7 @@ async def test_commands_show_what_they_can_read_and_name_a_server_that_is_away(
     async with one_away(server) as (clients, keys, address):
         home = clients.shards.home
         (away,) = (shard for shard in clients.shards.shards if shard is not home)
-        near, far = (next(channels_of(clients, keys, shard)) for shard in (home, away))
+        near, far = (next(channels_of(clients.shards, keys, shard)) for shard in (home, away))
         await command(clients.home, "XADD", keys.stream(near), "*", "data", "1")
         config = load(None, environ={}, overrides=[], flags={}, doors={})
         site = OperatorContext(config=config, clients=clients, keys=keys)

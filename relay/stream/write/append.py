@@ -11,7 +11,7 @@ programs that append on a connection of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from relay.core.durability import FAST, Durability
 from relay.core.errors import (
@@ -39,24 +39,33 @@ if TYPE_CHECKING:
 UID_BYTES = 255
 # How long `send` waits for confirmations. Keep it below the timeout of the connection.
 WAIT_MS = 1000
-# How long the keys of `Append.mark` exist.
-_MARK_MS = 1000
 
-# KEYS stream, uid key; ARGV window in ms, then the words of XADD after the key. Returns the ID of
-# the entry, or the ID of the first entry if the uid is known. The producers in other languages
-# contain the same text.
-APPEND_ONCE = Script("""\
+# WAIT and WAITAOF confirm the last write of their connection. A script that appends nothing
+# therefore writes its third key, the mark, if it has one: that is replicated after everything that
+# Redis has executed before. Not a publish: a Redis Cluster does not replicate it. Not a command
+# behind the script: while the slot is being moved, Redis may accept one and reject the other.
+_WRITE_MARK = "if KEYS[3] then redis.call('SET', KEYS[3], '', 'PX', 1000) end"
+
+# KEYS stream, uid key, perhaps the mark; ARGV window in ms, then the words of XADD after the key.
+# Returns the ID of the entry, or the ID of the first entry if the uid is known. The producers in
+# other languages contain the same text.
+APPEND_ONCE = Script(f"""\
 local known = redis.call('GET', KEYS[2])
-if known then return known end
+if known then
+  {_WRITE_MARK}
+  return known
+end
 local id = redis.call('XADD', KEYS[1], unpack(ARGV, 2))
 redis.call('SET', KEYS[2], id, 'PX', ARGV[1])
 return id
 """)
 
-# KEYS stream; ARGV a type, the name and value of a field, then the words of XADD after the key.
-# Returns the ID of the entry, or the ID of the newest entry of this type if that entry has the same
-# value in the field. Only the newest 1024 entries are searched.
-APPEND_CHANGED = Script("""\
+# KEYS stream, perhaps the uid key of an append before this one (or the stream again), perhaps the
+# mark; ARGV a type, the name and value of a field, then the words of XADD after the key. Returns
+# the ID of the entry, or the ID of the newest entry of this type if that entry has the same value
+# in the field. Only the newest 1024 entries are searched.
+APPEND_CHANGED = Script(
+    """\
 local latest = nil
 for _, count in ipairs({16, 1024}) do
   local entries = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', count)
@@ -64,7 +73,10 @@ for _, count in ipairs({16, 1024}) do
     local fields = {}
     for i = 1, #entry[2], 2 do fields[entry[2][i]] = entry[2][i + 1] end
     if fields['type'] == ARGV[1] then
-      if fields[ARGV[2]] == ARGV[3] then return entry[1] end
+      if fields[ARGV[2]] == ARGV[3] then
+        WRITE_MARK
+        return entry[1]
+      end
       latest = entry
       break
     end
@@ -72,7 +84,8 @@ for _, count in ipairs({16, 1024}) do
   if latest or #entries < count then break end
 end
 return redis.call('XADD', KEYS[1], unpack(ARGV, 4))
-""")
+""".replace("WRITE_MARK", _WRITE_MARK)
+)
 
 # KEYS stream, perhaps the uid key of an append before this one; ARGV the words of XADD after the
 # key.
@@ -97,17 +110,11 @@ class Append(NamedTuple):
     """One append: its command, the script if it has one, its durability, and keys.
 
     An append with a script may be repeated after its reply was lost.
-
-    WAIT and WAITAOF confirm the last write of their connection. A script that finds a known uid
-    writes nothing, so a SET of the key `mark` precedes them: it is replicated after everything that
-    Redis has executed before. The key is the one of an empty uid. It is with the stream, and the
-    users that publish with a uid may write it.
     """
 
     command: RedisCommand
     script: Script | None
     durability: Durability
-    mark: bytes
     stream: bytes
     uid_key: bytes | None = None
 
@@ -121,11 +128,14 @@ class Append(NamedTuple):
         Args:
             uid_key: The uid key of the last append before this one that has one.
         """
-        script = self.script or APPEND_BEHIND
-        words = self.command[2:] if self.script is None else self.command[4:]
-        if uid_key is None:
-            return ("EVALSHA", script.sha, 1, self.stream, *words)
-        return ("EVALSHA", script.sha, 2, self.stream, uid_key, *words)
+        script, keys, words = APPEND_BEHIND, [self.stream], self.command[2:]
+        if self.script is not None:
+            end = 3 + int(self.command[2])
+            script, words = self.script, self.command[end:]
+            keys = cast("list[bytes]", list(self.command[3:end]))
+        if uid_key is not None:
+            keys[1:2] = [uid_key]
+        return ("EVALSHA", script.sha, len(keys), *keys, *words)
 
     def with_script_text(self) -> RedisCommand:
         """Return the command in a form that needs no loaded script."""
@@ -179,24 +189,45 @@ class AppendCommands:
         stream = self._keys.stream(channel)
         if durability is None:
             durability = Durability.parse(rules.durability)
-        mark = b"" if durability is FAST else self._keys.uid(channel, "")
         if unless_latest is not None:
             values = dict(zip(fields[::2], fields[1::2], strict=True))
             same = values.get(b"type", b""), unless_latest, values[unless_latest]
-            command: RedisCommand = ("EVALSHA", APPEND_CHANGED.sha, 1, stream, *same, *words)
-            return Append(command, APPEND_CHANGED, durability, mark, stream)
+            keys = [stream]
+            if durability is not FAST:
+                keys += stream, self._mark(channel)
+            return Append(
+                ("EVALSHA", APPEND_CHANGED.sha, len(keys), *keys, *same, *words),
+                APPEND_CHANGED,
+                durability,
+                stream,
+            )
         if uid and (uid_key := self.uid_key(channel, uid)) is not None:
-            once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, uid_key, self._window_ms, *words)
-            return Append(once, APPEND_ONCE, durability, mark, stream, uid_key)
-        return Append(("XADD", stream, *words), None, durability, mark, stream)
+            return self._once(channel, uid_key, words, durability)
+        return Append(("XADD", stream, *words), None, durability, stream)
 
     def build_once(self, channel: Channel, fields: Sequence[bytes], mark: bytes) -> Append:
         """Return the append of an entry that has the key `mark` in place of a uid."""
         rules = self._namespace_of(channel)
-        stream, words = self._keys.stream(channel), _words(rules, fields)
-        once = ("EVALSHA", APPEND_ONCE.sha, 2, stream, mark, self._window_ms, *words)
         wanted = Durability.parse(rules.durability)
-        return Append(once, APPEND_ONCE, wanted, self._keys.uid(channel, ""), stream, mark)
+        return self._once(channel, mark, _words(rules, fields), wanted)
+
+    def _once(
+        self,
+        channel: Channel,
+        uid_key: bytes,
+        words: Sequence[bytes | str | int],
+        durability: Durability,
+    ) -> Append:
+        stream = self._keys.stream(channel)
+        keys = [stream, uid_key]
+        if durability is not FAST:
+            keys.append(self._mark(channel))
+        once = ("EVALSHA", APPEND_ONCE.sha, len(keys), *keys, self._window_ms, *words)
+        return Append(once, APPEND_ONCE, durability, stream, uid_key)
+
+    def _mark(self, channel: Channel) -> bytes:
+        """Return the mark: the key of an empty uid. Those who publish with a uid may write it."""
+        return self._keys.uid(channel, "")
 
     def uid_key(self, channel: Channel, uid: str) -> bytes | None:
         """Return the key of the uid, or None if the channel may have entries with equal uids.
@@ -302,13 +333,7 @@ def parse_reply(append: Append, reply: object, confirmed: Confirmations) -> Entr
 
 def confirming_commands(appends: Sequence[Append], most_ms: int) -> list[RedisCommand]:
     """Return the commands that wait for the confirmations of these appends, behind them."""
-    waiting = [each for each in appends if each.durability.waits]
-    if not waiting:
-        return []
-    # Not a publish: a Redis Cluster does not replicate it.
-    marks = {each.mark for each in waiting if each.script is not None}
-    writes: list[RedisCommand] = [("SET", mark, b"", "PX", _MARK_MS) for mark in marks]
-    return [*writes, *confirming({each.durability for each in waiting}, most_ms)]
+    return confirming({each.durability for each in appends if each.durability.waits}, most_ms)
 
 
 def _words(rules: NamespaceSettings, fields: Sequence[bytes]) -> list[bytes | str | int]:

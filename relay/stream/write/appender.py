@@ -629,15 +629,7 @@ class _Lane:
         replies: list[object],
         waits: Sequence[RedisCommand],
     ) -> None:
-        rejected: set[bytes] = set()
-        if waits:
-            marks = {pending.append.mark for pending in batch}
-            rejected = marks.difference(
-                pending.append.mark
-                for pending, reply in zip(batch, replies, strict=False)
-                if isinstance(reply, bytes)
-            )
-        confirmed = parse_confirmations(waits, replies[len(batch) :], self._wait_ms, rejected)
+        confirmed = parse_confirmations(waits, replies[len(batch) :], self._wait_ms)
         refused = self._refused()
         for pending, reply in zip(batch, replies, strict=False):
             if pending.future.done():  # the caller was cancelled

@@ -71,19 +71,11 @@ def parse_confirmations(
     commands: Sequence[RedisCommand],
     replies: Sequence[object],
     most_ms: int,
-    rejected: Collection[bytes] = (),
 ) -> Confirmations:
-    """Return what the replies to the commands of `confirming` say.
-
-    Args:
-        commands: The commands, and before them the writes to be confirmed.
-        replies: Their replies.
-        most_ms: The longest wait.
-        rejected: Keys of writes that were rejected together with all their appends.
-    """
+    """Return what the replies to the commands of `confirming` say. `most_ms`: the longest wait."""
     found = Confirmations(wait_ms=most_ms)
     for command, reply in zip(commands, replies, strict=True):
-        if isinstance(reply, ReplyError) and command[1] not in rejected:
+        if isinstance(reply, ReplyError):
             found = found._replace(problem=f"{command[0]!s}: {reply}")
         elif command[0] == "WAIT" and isinstance(reply, int):
             found = found._replace(replicas=reply)
