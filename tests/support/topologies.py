@@ -5,7 +5,8 @@ topology, add a class to `_CLASSES` and a row to `scripts/matrix.py`. Its `url` 
 `client` is for the test, which must reach all keys.
 
 In another topology than `single`, only the tests that use the shared server run. Those that are
-about a single server have the mark `single_server` with the reason.
+about a single server have the mark `single_server` with the reason. A primary behind Sentinel is a
+single server, too.
 """
 
 from __future__ import annotations
@@ -147,6 +148,10 @@ def select(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.hook.pytest_deselected(items=others)
     items[:] = [item for item in items if item not in others]
     if chosen() == "sentinel":
+        reason = "two servers in one list: the Sentinels of both call their primary `main`"
+        for item in items:
+            if set(getattr(item, "fixturenames", ())) >= FIXTURES:
+                item.add_marker(pytest.mark.skip(reason=reason))
         return
     for item in items:
         if mark := item.get_closest_marker("single_server"):
