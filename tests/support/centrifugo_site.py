@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -21,6 +20,7 @@ from typing import Any
 import aiohttp
 
 from tests.support.clients import within
+from tests.support.forked import ForkedProcess
 from tests.support.relay import ROOT
 from tests.support.valkey import Server
 
@@ -38,20 +38,13 @@ class Site:
         self._more = threading.Condition()
         self._ended = False
         environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "relay", *arguments],
-            cwd=folder,
-            env={**environment, "PYTHONPATH": str(ROOT), **(environ or {})},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        self.process = ForkedProcess(
+            arguments, {**environment, "PYTHONPATH": str(ROOT), **(environ or {})}, folder
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
-        assert self.process.stdout is not None
         with self.process.stdout as lines:
             for line in lines:
                 with self._more:

@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+_ROOT = Path(__file__).parents[2]
 _MODULE = "relay"
 _REQUEST_BYTES = 1 << 20
 _NUMBER_BYTES = 4
@@ -33,7 +34,7 @@ _NUMBER_BYTES = 4
 class ForkedProcess:
     """A process like `subprocess.Popen([sys.executable, "-m", "relay", *words])`.
 
-    Its standard output and standard error are one pipe, `stdout`.
+    Its standard output and standard error are one pipe, `stdout`. Its standard input is empty.
     """
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
@@ -43,7 +44,7 @@ class ForkedProcess:
         self.stdout = os.fdopen(output, encoding="utf-8")
         status, their_status = os.pipe()
         request = {"words": list(words), "environment": dict(environment), "folder": str(folder)}
-        control = _control(folder)
+        control = _control()
         try:
             socket.send_fds(control, [json.dumps(request).encode()], [theirs, their_status])
         finally:
@@ -87,17 +88,18 @@ class ForkedProcess:
 
 
 @functools.cache
-def _control(root: Path) -> socket.socket:
+def _control() -> socket.socket:
     """Start the process that forks, and return the socket for requests."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     environment = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     with theirs:
         process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=(theirs.fileno(),),
-            env={**environment, "PYTHONPATH": str(root)},
-            cwd=root,
+            env={**environment, "PYTHONPATH": str(_ROOT)},
+            cwd=_ROOT,
         )
 
     def end() -> None:

@@ -38,6 +38,7 @@ START_S = 60
 _PORTS = range(12_000, 32_000)
 
 
+@cache
 def acl_lines() -> list[str]:
     """Return the lines of the ```acl block in docs/redis.md, one per user."""
     block = re.search(r"^```acl\n(.*?)^```$", DOCUMENT.read_text(), re.MULTILINE | re.DOTALL)
