@@ -93,6 +93,25 @@ async def test_the_map_follows_a_slot(cluster: RedisCluster) -> None:
         assert sum(found) == 1
 
 
+async def test_commands_and_transactions_follow_their_slot(cluster: RedisCluster) -> None:
+    key, settings = b"follow:{moved}", cluster.settings()
+    links = ShardLinks(ClusterMap(settings), settings)
+
+    async def move() -> None:
+        source = await asyncio.to_thread(cluster.owner_of, key)
+        await asyncio.to_thread(cluster.move, key, (source + 1) % 3)
+
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(links.run())
+        await links.wait_open()
+        await move()
+        assert await links.call("INCR", key) == 1
+        await move()
+        replies, done, _ = await links.transaction(key, lambda _: [("INCR", key)], [("GET", key)])
+        assert (replies, done) == ([b"1"], [2])
+        running.cancel()
+
+
 async def test_the_end_of_a_subscription_shifts_no_reply(cluster: RedisCluster) -> None:
     pushes: list[list[object]] = []
     shards = ClusterMap(cluster.settings())

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Pauses before a command is sent again whose key is being moved. They double up to the last one.
+# Limits of the pauses before a command is sent again whose key is being moved.
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.2
 # Interval between checks for new shards, in case no reply reports the change.
 _CHECK_S = 1.0
@@ -361,9 +361,7 @@ class ShardLinks:
             RedisUnavailable: The shard is unreachable, or the transaction was discarded.
             CommandRefused: Redis refused the transaction.
         """
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._redis.command_timeout_s
-        pause_s = _FIRST_PAUSE_S
+        until = asyncio.get_running_loop().time() + self._redis.command_timeout_s
         while True:
             await self._wait_found([key], until)
             link = self.link_of(key)
@@ -376,18 +374,14 @@ class ShardLinks:
                 return replies[: len(before)], done, link.primary
             # EXECABORT does not give the reason. The reply to the rejected command does.
             errors = [each for each in replies if isinstance(each, ReplyError)]
-            if not any(is_misplaced(str(each)) for each in errors) or loop.time() >= until:
+            is_moving = any(is_misplaced(str(each)) for each in errors)
+            if not is_moving or not await self._may_repeat(until):
                 raise CommandRefused("EXEC", str(errors[0]))
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
-            await self._look_again()
 
     async def _execute(self, commands: Sequence[RedisCommand], *, may_repeat: bool) -> list[object]:
         replies: list[object] = [None] * len(commands)
         left = list(range(len(commands)))
-        loop = asyncio.get_running_loop()
-        until = loop.time() + self._redis.command_timeout_s
-        pause_s = _FIRST_PAUSE_S
+        until = asyncio.get_running_loop().time() + self._redis.command_timeout_s
         while True:
             await self._wait_found([key_of(commands[index]) for index in left], until)
             by_link: dict[ReconnectingConnection, list[int]] = {}
@@ -405,12 +399,9 @@ class ShardLinks:
                     replies[index] = reply
                     if isinstance(reply, ReplyError) and is_misplaced(str(reply)):
                         left.append(index)
-            if not left or loop.time() >= until:
+            if not left or not await self._may_repeat(until):
                 return replies
             left.sort()
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
-            await self._look_again()
 
     async def _wait_found(self, keys: Iterable[bytes], until: float) -> None:
         """Wait for the first connections to those shards of these keys that were found just now."""
@@ -430,9 +421,17 @@ class ShardLinks:
             if loop.time() >= found_until:
                 self._found_until.pop(shard, None)
 
-    async def _look_again(self) -> None:
+    async def _may_repeat(self, until: float) -> bool:
+        """Pause, and find the present servers of keys that are being moved. False after `until`."""
+        left_s = until - asyncio.get_running_loop().time()
+        if left_s <= 0:
+            return False
+        # As long as all attempts have taken together.
+        pause_s = self._redis.command_timeout_s - left_s
+        await asyncio.sleep(min(max(pause_s, _FIRST_PAUSE_S), _LAST_PAUSE_S))
         await self.shards.refresh()
         await self._match()
+        return True
 
 
 async def _replies(
