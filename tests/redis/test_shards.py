@@ -14,6 +14,7 @@ from pathlib import Path
 
 import orjson
 import pytest
+from redis.exceptions import ResponseError
 
 from producers.outgoing import PublishFailed
 from producers.publisher import AsyncPublisher
@@ -45,7 +46,7 @@ from relay.stream.shards.links import ShardLinks
 from relay.stream.shards.making import keys_of, shard_map
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.shards.server_list import check_list
-from relay.stream.shards.shard import SLOTS, Shard, ShardMap, is_misplaced
+from relay.stream.shards.shard import SLOTS, Shard, ShardMap, is_misplaced, slot_of
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
 from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
@@ -626,6 +627,42 @@ async def test_a_cluster_without_client_tracking_is_not_read(
             assert not readers.ready()
             await until(lambda: any(cause in line for line in caplog.messages), 20)  # noqa: B023
             reading.cancel()
+
+
+async def test_slots_without_a_server_are_named(cluster: RedisCluster) -> None:
+    settings, other = cluster.settings(), Channel("other")
+    keys = keys_of(settings)
+    slot = slot_of(keys.stream(NEWS))
+    assert slot != slot_of(keys.stream(other))
+    owner = await asyncio.to_thread(cluster.owner_of, keys.stream(NEWS))
+    async with shard_clients(settings) as clients, asyncio.TaskGroup() as tasks:
+        readers = ShardReaders(
+            shards=clients.shards,
+            keys=keys,
+            control=ControlReader(keys, lambda _: None, lambda: None),
+            primaries=Primaries(),
+            make=partial(_reader, clients, keys, StreamSettings()),
+        )
+        reading = tasks.create_task(readers.run())
+        await readers.wait_ready()
+        for number in range(3):
+            with contextlib.suppress(ResponseError):
+                cluster.call(number, "CLUSTER", "DELSLOTS", slot)
+        try:
+            named = f"slot {slot} has no server"
+            async with asyncio.timeout(30):
+                while not readers.problem([NEWS]).startswith(named):
+                    await asyncio.sleep(0.02)
+            assert readers.problem().endswith(": 1")
+            assert not readers.is_connected([NEWS])
+            assert readers.problem([other]) == ""
+            assert readers.is_connected([other])
+        finally:
+            cluster.call(owner, "CLUSTER", "ADDSLOTS", slot)
+        async with asyncio.timeout(30):
+            while readers.problem([NEWS]):
+                await asyncio.sleep(0.02)
+        reading.cancel()
 
 
 def _reader(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from relay.core.errors import RedisUnavailable
@@ -181,16 +181,34 @@ class ShardReaders:
         return "; ".join(filter(None, (str(each.refusals) for each in self._readers.values())))
 
     def problem(self, channels: Iterable[Channel] = ()) -> str:
-        """Return which servers cannot be read, or ''. With channels: only those of their shards."""
+        """Return which servers cannot be read, or ''. With channels: only those of their shards.
+
+        Slots of a Cluster without a server are a problem as well.
+        """
         if self._problem:
             return self._problem
+        channels = list(channels)
+        problems = self._unserved(channels)
         found = {self._find(channel) for channel in channels} or set(self._readers.values())
         away = [reader for reader in found if reader is not None and not reader.ready()]
         causes = "; ".join(sorted({reader.problem for reader in away if reader.problem}))
-        if not away or (len(self._readers) < 2 and not causes):
-            return ""
-        names = ", ".join(sorted(reader.shard.name for reader in away))
-        return f"Redis at {names} cannot be read" + (f": {causes}" if causes else "")
+        if away and (len(self._readers) > 1 or causes):
+            names = ", ".join(sorted(reader.shard.name for reader in away))
+            problems.append(f"Redis at {names} cannot be read" + (f": {causes}" if causes else ""))
+        return "; ".join(problems)
+
+    def _unserved(self, channels: Sequence[Channel]) -> list[str]:
+        """Return errors about the slots of these channels, or without channels of all slots."""
+        if not channels:
+            count = self._map.slots.count(None)
+            return [f"slots without a server in the Redis Cluster: {count}"] if count else []
+        errors: dict[str, None] = {}
+        for channel in channels:
+            try:
+                self._map.shard_of(self._keys.stream(channel))
+            except RedisUnavailable as exc:
+                errors[str(exc)] = None
+        return list(errors)
 
     async def wait_ready(self, channels: Iterable[Channel] = ()) -> None:
         """Wait until these channels are being read; without channels, those of all shards."""
