@@ -34,11 +34,16 @@ async def reshard(site: OperatorContext, options: argparse.Namespace) -> int:
                 f"{len(living)} workers are running ({', '.join(living[:3])}): stop all workers and"
                 " producers first; --dry-run works while they run"
             )
-        progress = Progress("keys counted" if options.dry_run else "keys moved")
+        progress = Progress("keys counted")
+        late = 0
         try:
-            result = await work.run(dry=options.dry_run, progress=progress)
-            # Keys that were written while the others were moved.
-            late = 0 if options.dry_run else await work.count_misplaced(result)
+            result = await work.run(dry=True, progress=progress)
+            if not options.dry_run:
+                progress.end()
+                progress = Progress(f"of {result.keys.total():,} keys moved")
+                result = await work.run(dry=False, progress=progress)
+                # Keys that were written while the others were moved.
+                late = await work.count_misplaced(result)
         except asyncio.CancelledError:
             progress.end()
             if not options.dry_run:
@@ -46,6 +51,7 @@ async def reshard(site: OperatorContext, options: argparse.Namespace) -> int:
             raise
         finally:
             progress.end()
+            await work.release()
         queue = site.config.producers["producer:queue"]
         names = queue.names() if isinstance(queue, QueueSettings) else []
         waiting = await work.waiting_queues(names)

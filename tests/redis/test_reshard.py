@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
+from typing_extensions import override
 
 from relay.config.settings import RedisSettings
 from relay.core.errors import RelayError, StartError
@@ -69,7 +70,10 @@ async def certificate(client: Any) -> int:
 async def reshard(clients: ShardClients, *old: ShardClients, dry: bool = False) -> Resharded:
     work = Reshard(clients, old, Keys("relay:", has_site_tag=len(clients.shards.shards) > 1))
     await work.connect()
-    return await work.run(dry=dry, progress=lambda _: None)
+    try:
+        return await work.run(dry=dry, progress=lambda _: None)
+    finally:
+        await work.release()
 
 
 async def where(clients: ShardClients) -> dict[Channel, str]:
@@ -207,8 +211,8 @@ async def test_keys_that_are_written_meanwhile_are_neither_lost_nor_overlooked(
         ][:2]
         with one.client() as first, two.client() as second:
 
-            def progress(done: int) -> None:
-                if done == 1:
+            def progress(_: int) -> None:
+                if not written:
                     # A producer uses the new list already, and one uses the old list.
                     for client, channel in ((second, mine), (first, other)):
                         client.xadd(ONE.stream(channel), {"data": "late"})
@@ -368,3 +372,55 @@ async def test_commands_with_another_list_are_refused(
     assert "[redis] url: this site uses another list of servers" in done.stdout + done.stderr
     with one.client() as admin:
         assert admin.keys() == [b"relay:servers"]
+
+
+async def test_two_runs_at_a_time_lose_nothing(servers: list[Server]) -> None:
+    one, two, _ = servers
+    async with shard_clients(one.settings("admin")) as filled:
+        await fill(filled.home, await certificate(filled.home))
+    several = Keys("relay:", has_site_tag=True)
+    async with shard_clients(settings(one, two)) as clients:
+        first, second = (Reshard(clients, [], several) for _ in range(2))
+        for each in (first, second):
+            await each.connect()
+        refused: list[RelayError] = []
+
+        async def run(work: Reshard) -> None:
+            try:
+                await work.run(dry=False, progress=lambda _: None)
+            except RelayError as exc:
+                refused.append(exc)
+
+        async with asyncio.TaskGroup() as tasks:
+            for each in (first, second):
+                tasks.create_task(run(each))
+        assert refused
+        assert all("another relay reshard uses" in str(each) for each in refused)
+        for each in (first, second):
+            await each.release()
+        await reshard(clients)
+        assert len(await where(clients)) == 40
+        await _check(clients)
+
+
+async def test_the_copy_of_a_key_that_disappeared_is_kept(servers: list[Server]) -> None:
+    one, two, _ = servers
+    async with shard_clients(settings(one, two)) as clients:
+        key = ONE.stream(misplaced(clients, on=one))
+        with one.client() as source, two.client() as target:
+            source.xadd(key, {"data": "1"})
+
+            class Other(Reshard):
+                """A second run finishes while the first one copies the key."""
+
+                @override
+                async def _copy(self, *words: Any) -> bytes | None:
+                    copied = await super()._copy(*words)
+                    source.delete(key)
+                    return copied
+
+            work = Other(clients, [], Keys("relay:", has_site_tag=True))
+            await work.connect()
+            result = await work.run(dry=False, progress=lambda _: None)
+            assert (result.keys.total(), result.conflicts) == (0, [])
+            assert target.xlen(key) == 1

@@ -13,6 +13,8 @@ a failover.
 
 from __future__ import annotations
 
+import asyncio
+import secrets
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from relay.core.errors import RelayError
 from relay.core.model import EntryID
+from relay.stream.cluster.leases import Lease
 from relay.stream.cluster.workers import live_workers
 from relay.stream.connection import connect
 from relay.stream.connection.primary import certificate_of
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
 
 _SCAN = 500
 _ATTEMPTS = 5
+# Keys that are moved at a time.
+_AT_ONCE = 16
+_LEASE_S = 30
 # Keys of the site that cannot be created again. Workers create the others when they start.
 _KEPT = (b"control", b"dead-letters", b"tap:", b"group:", b"store:")
 # Keys with a tag that belong to their server, or to workers that have stopped.
@@ -93,6 +99,8 @@ class Reshard:
         # of a server that stays.
         self._versions: dict[str, str] = {}
         self._databases: dict[str, tuple[str, int]] = {}
+        self._leases: dict[str, Lease] = {}
+        self._held_until = 0.0
         # Pairs of servers of which the second has accepted a key of the first.
         self._accepted: set[tuple[str, str]] = set()
 
@@ -115,6 +123,12 @@ class Reshard:
                     process = str(information.get("run_id") or shard.id)
                     database = (await connect.discover(shard.settings)).db
                     self._databases[shard.id] = process, database
+        alone = Keys(self._keys.prefix.decode())
+        own = f"reshard:{secrets.token_hex(8)}"
+        self._leases = {
+            name: Lease(client=client, keys=alone, name="reshard", instance=own, ttl_s=_LEASE_S)
+            for name, client in self._clients.items()
+        }
         refuse_same({each.name: self._databases[each.id] for each in self._shards.shards})
         for name, client in self._clients.items():
             stored = await connect.command(client, "GET", self._keys.servers)
@@ -144,20 +158,59 @@ class Reshard:
     async def run(self, *, dry: bool, progress: Callable[[int], None]) -> Resharded:
         """Move all keys that are on another server than their own. `dry`: only count them."""
         result = Resharded()
-        done = 0
         for name, client in self._clients.items():
             async for moves in self._moves(name, client):
                 for move in moves:
-                    servers = move.source.name, move.target.name
                     await self._check_versions(move)
-                    if not dry and not await self._move(move, result):
-                        continue
-                    result.keys[servers] += 1
-                    if self._keys.channel_of_stream(move.key) is not None:
-                        result.streams[servers] += 1
-                    done += 1
-                    progress(done)
+                for begin in range(0, len(moves), _AT_ONCE):
+                    if not dry:
+                        await self._hold()
+                    chunk = moves[begin : begin + _AT_ONCE]
+                    errors: list[RelayError] = []
+                    async with asyncio.TaskGroup() as tasks:
+                        for move in chunk:
+                            tasks.create_task(self._process(move, result, dry, errors))
+                    if errors:
+                        raise errors[0]
+                    progress(result.keys.total())
         return result
+
+    async def _process(
+        self, move: Move, result: Resharded, dry: bool, errors: list[RelayError]
+    ) -> None:
+        try:
+            if not dry and not await self._move(move, result):
+                return
+        except RelayError as exc:
+            # The other keys are completed before it is raised.
+            errors.append(exc)
+            return
+        servers = move.source.name, move.target.name
+        result.keys[servers] += 1
+        if self._keys.channel_of_stream(move.key) is not None:
+            result.streams[servers] += 1
+
+    async def _hold(self) -> None:
+        """Take or extend the lease on all servers. Two runs would delete each other's copies.
+
+        Raises:
+            RelayError: Another run has it.
+        """
+        now = asyncio.get_running_loop().time()
+        if now < self._held_until:
+            return
+        for name, lease in self._leases.items():
+            if not await lease.hold():
+                raise RelayError(
+                    f"another relay reshard uses {self._servers[name].name}. If it was killed,"
+                    f" repeat the command in {_LEASE_S} s"
+                )
+        self._held_until = now + _LEASE_S / 3
+
+    async def release(self) -> None:
+        """Call this at the end, so that the command can be repeated at once."""
+        for lease in self._leases.values() if self._held_until else ():
+            await lease.give_up()
 
     async def count_misplaced(self, result: Resharded) -> int:
         """Return how many keys are still on another server than their own, except conflicts."""
@@ -253,8 +306,11 @@ class Reshard:
                 pipeline.execute_command("DEL", move.key)
                 if await connect.executed(pipeline):
                     if self._keys.channel_of_stream(move.key) is not None:
-                        result.unproven += not await self._certify(target, move)
+                        is_certified = await self._certify(target, move)
+                        result.unproven += not is_certified
                     return True
+            if not await connect.command(source, "EXISTS", move.key):
+                return False  # expired, or deleted: the copy may be the only one
             # The key was changed. Copy it again.
             if not await self.delete_copy(target, move, copied):
                 result.conflicts.append(move)
