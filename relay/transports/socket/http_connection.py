@@ -43,6 +43,7 @@ from relay.transports.socket.handshakes import (
     source_of,
 )
 from relay.transports.socket.read_pace import LARGE_READ_BYTES, read_later
+from relay.transports.socket.request_pace import RequestPace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable
@@ -99,6 +100,7 @@ class ConnectionLimits:
         self.on_rejected = on_rejected
         self.bodies = Bodies()
         self.handshakes = Handshakes() if handshakes is None else handshakes
+        self.pace = RequestPace()
         # Connections from which no complete request head has been received.
         self.heads: Deadlines[HttpConnection] = Deadlines(head_timeout_s, HttpConnection.expire)
         self.writes: Deadlines[HttpConnection] = Deadlines(
@@ -141,6 +143,7 @@ class HttpConnection(RequestHandler):
         "_head",
         "_head_bytes",
         "_info",
+        "_later",
         "_payload",
         "_reads_later",
         "factory",
@@ -175,6 +178,8 @@ class HttpConnection(RequestHandler):
         self._reads_later = False
         # The request of a new client that waits for its turn (see `handshakes`).
         self._handshake = b""
+        # Another request, or a part of its head, that waits for its turn (see `request_pace`).
+        self._later = b""
         # The first part of an incomplete head.
         self._head = b""
 
@@ -202,6 +207,7 @@ class HttpConnection(RequestHandler):
         self.limits.heads.remove(self)
         self.limits.writes.remove(self)
         self.limits.handshakes.leave(self)
+        self.limits.pace.leave(self)
         make_request = self._request_factory
         super().connection_lost(exc)
         # aiohttp's task may be about to start a request that has just been read, and calls both.
@@ -229,13 +235,28 @@ class HttpConnection(RequestHandler):
             if retry_s is not None:
                 self.turn_away(retry_s)
             return
-        if self._expects_request and (self._head or not self._head_bytes):
-            head = self._head + data
-            if begins_client(head):
-                self._enter(head, data)
+        if self._later:
+            self._later += data
+            return
+        if self._expects_request:
+            if self._head or not self._head_bytes:
+                head = self._head + data
+                if begins_client(head):
+                    self._enter(head, data)
+                    return
+                is_complete = _HEAD_END in head or len(head) > _MAX_HANDSHAKE_BYTES
+                self._head = b"" if is_complete else head
+            if data and not self.limits.pace.enter(self):
+                self._later = data
+                # The rest of a head must not arrive before this part is parsed.
+                self._pause_transport_reading()
                 return
-            is_complete = _HEAD_END in head or len(head) > _MAX_HANDSHAKE_BYTES
-            self._head = b"" if is_complete else head
+        self._receive(data)
+
+    def begin(self) -> None:
+        """Handle the data that has waited for its turn."""
+        data, self._later = self._later, b""
+        self._resume_transport_reading()
         self._receive(data)
 
     def _enter(self, head: bytes, data: bytes) -> None:
@@ -300,7 +321,7 @@ class HttpConnection(RequestHandler):
 
     @override
     def _resume_transport_reading(self) -> None:
-        if not (self._reads_later or self._handshake):
+        if not (self._reads_later or self._handshake or self._later):
             super()._resume_transport_reading()
 
     def _read_on(self) -> None:
@@ -374,7 +395,9 @@ class HttpConnection(RequestHandler):
     @property
     def is_idle(self) -> bool:
         """Whether the connection waits for its next request."""
-        return self._waiter is not None and not self._waiter.done() and not self._handshake
+        if self._handshake or self._later:
+            return False
+        return self._waiter is not None and not self._waiter.done()
 
     @property
     def _expects_request(self) -> bool:

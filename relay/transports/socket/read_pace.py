@@ -4,7 +4,7 @@ In one turn of the event loop, uvloop reads up to 8 MiB from each connection. A 
 send large requests at the same time would fill the turns of all other clients. A connection that
 has received `LARGE_READ_BYTES` or more at once therefore pauses reading and calls `read_later`.
 The connections then continue in their order, `_READS_AT_ONCE` of them every `_PAUSE_S`. One worker
-reads at most about 100 MB/s in this way, and small requests never wait.
+reads at most about 100 MB/s in this way. The number of requests is limited by `request_pace`.
 """
 
 from __future__ import annotations

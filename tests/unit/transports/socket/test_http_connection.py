@@ -42,11 +42,15 @@ class Site:
         self.sizes: list[int] = []
         self.go_on = asyncio.Event()
         self.streams: list[sse.SseConnection] = []
+        # Requests so far, except those of /stream.
+        self.begun = 0
 
     async def ping(self, _: web.Request) -> web.StreamResponse:
+        self.begun += 1
         return web.Response(text="pong")
 
     async def body(self, request: web.Request) -> web.StreamResponse:
+        self.begun += 1
         self.sizes.append(len(await read_body(request, LIMIT_BYTES)))
         return web.Response(text=f"{self.limits.bodies.held_bytes}")
 
@@ -578,6 +582,45 @@ def test_large_bodies_share_the_turns_in_which_they_are_read(run: Run) -> None:
             assert steps > clients
             # Without the limit, all bodies are read in the same iteration of the event loop.
             assert most <= 6 * read_at_once
+
+    run(main())
+
+
+def test_requests_that_arrive_at_once_are_spread_over_turns(run: Run) -> None:
+    """Of all kinds: with a body, with a long head, and one behind another."""
+    long_head = b"GET /ping HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n"
+    kinds = (PING, post(b"/body", b"abc"), long_head, PING + PING)
+    answers = (1, 1, 1, 2)
+    count = 60
+
+    async def main() -> None:
+        async with serving() as site:
+            clients = [
+                socket.create_connection(("127.0.0.1", site.port))
+                for _ in range(count * len(kinds))
+            ]
+            while len(site.limits.heads) < len(clients):
+                await asyncio.sleep(0)
+            most, begun = 0, site.begun
+            for number, each in enumerate(clients):
+                each.sendall(kinds[number % len(kinds)])
+                each.setblocking(False)
+            # One has disconnected before its turn.
+            clients[-1].close()
+            async with asyncio.timeout(30):
+                while begun < count * sum(answers) - 2:
+                    await asyncio.sleep(0)
+                    most, begun = max(most, site.begun - begun), site.begun
+            # Those of one turn, and the second ones of the clients of another.
+            assert most <= 2 * 32
+            loop = asyncio.get_running_loop()
+            for number, each in enumerate(clients[:-1]):
+                received = b""
+                while received.count(b"HTTP/1.1 200 OK") < answers[number % len(kinds)]:
+                    async with asyncio.timeout(30):
+                        received += await loop.sock_recv(each, 65536)
+                each.close()
+            assert not len(site.limits.pace)
 
     run(main())
 
