@@ -50,7 +50,9 @@ class ForkedProcess:
         finally:
             os.close(theirs)
             os.close(their_status)
-        self.pid = _number(os.read(status, _NUMBER_BYTES))
+        if not (pid := os.read(status, _NUMBER_BYTES)):
+            raise RuntimeError("the process that forks relays has ended, see standard error")
+        self.pid = _number(pid)
         threading.Thread(target=self._wait_for_end, args=(status,), daemon=True).start()
 
     def _wait_for_end(self, status: int) -> None:
