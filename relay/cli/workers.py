@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from relay.cli.operator_context import OperatorContext, channel_of, user_of
-from relay.cli.output import duration, emit, say, table
+from relay.cli.output import duration, emit, safe, say, table
 from relay.core.errors import RedisUnavailable
 from relay.core.model import EntryID
 from relay.stream.cluster.workers import WorkerInfo, list_workers, live_workers, unwritten_s
@@ -188,7 +188,8 @@ def _show(values: dict[str, Any]) -> None:
         ]
         if len(values["versions"]) > 1:
             parts = (
-                f"{plural(each['workers'], 'worker')} of {each['version']}, schema {each['schema']}"
+                f"{plural(each['workers'], 'worker')} of {safe(each['version'])},"
+                f" schema {each['schema']}"
                 for each in values["versions"]
             )
             rows.append(("versions", "; ".join(parts)))

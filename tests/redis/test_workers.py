@@ -6,13 +6,14 @@ import argparse
 import asyncio
 import json
 
+import orjson
 import pytest
 from redis.asyncio import Redis
 
 from relay.cli.operator_context import OperatorContext
 from relay.cli.workers import status
 from relay.config.loading import load as load_config
-from relay.core.errors import RelayError, WorkerUnreachable
+from relay.core.errors import RelayError, StartError, WorkerUnreachable
 from relay.core.model import Channel
 from relay.core.worker_deaths import WorkerDeaths
 from relay.stream.cluster import leases, workers
@@ -36,7 +37,9 @@ def heartbeat(client: Redis, keys: Keys, name: str) -> tuple[str, workers.Worker
     return instance, workers.WorkerHeartbeat(client=client, keys=keys, worker=worker)
 
 
-async def test_the_living_say_who_they_are(client: Redis, admin: Redis, keys: Keys) -> None:
+async def test_the_living_say_who_they_are(
+    client: Redis, admin: Redis, keys: Keys, caplog: pytest.LogCaptureFixture
+) -> None:
     instance, beat = heartbeat(client, keys, "one")
     await beat.beat()
     (node,) = await workers.live_workers(client, keys)
@@ -44,8 +47,19 @@ async def test_the_living_say_who_they_are(client: Redis, admin: Redis, keys: Ke
     assert 10 < await admin.ttl(keys.node(instance)) <= 15
     await admin.set(keys.node("strange"), "x")
     await admin.sadd(keys.nodes, "strange")
-    assert await workers.live_workers(client, keys) == [node]
+    # Another version may write anything.
+    values = orjson.loads(await admin.get(keys.node(instance)) or b"")
+    for name, value in (("schema", "2"), ("schema", None), ("lag_ms", "x"), ("host", None)):
+        await admin.set(keys.node("strange"), orjson.dumps({**values, name: value}))
+        assert await workers.list_workers(client, keys) == ([node], ["strange"])
+        assert f"worker strange, which this version cannot read ({name}: " in caplog.text
+        caplog.clear()
+    newer = {**values, "schema": 10**30, "compatible_since": 10**30, "more": []}
+    await admin.set(keys.node("strange"), json.dumps(newer))
+    with pytest.raises(StartError, match="writes schema 1000"):
+        await workers.check_schema(client, keys)
     await beat.leave()
+    await admin.delete(keys.node("strange"))
     assert await workers.live_workers(client, keys) == []
     assert await admin.smembers(keys.nodes) == {b"strange"}
 

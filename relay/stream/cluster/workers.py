@@ -5,17 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import operator
 import os
 import secrets
 import socket
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import orjson
+from pydantic import TypeAdapter, ValidationError
 
 from relay.core.errors import RelayError, StartError
 from relay.stream.cluster.schema import COMPATIBLE_SINCE, SCHEMA, conflict
@@ -96,7 +96,8 @@ class WorkerLoad:
     memory_bytes: int | None = None
 
 
-_FIELDS = frozenset(each.name for each in fields(WorkerInfo))
+# Heartbeats of a newer version may have more fields, which are ignored.
+_HEARTBEAT = TypeAdapter(WorkerInfo)
 
 
 def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
@@ -206,18 +207,18 @@ async def _registry(client: RedisClient, keys: Keys) -> dict[str, bytes | None]:
 
 
 async def live_workers(client: RedisClient, keys: Keys) -> list[WorkerInfo]:
-    """Return the workers that have a heartbeat, sorted by instance. Skip malformed heartbeats."""
+    """Return the workers that have a heartbeat, sorted by instance. Skip unreadable heartbeats."""
     return (await list_workers(client, keys))[0]
 
 
 async def list_workers(client: RedisClient, keys: Keys) -> tuple[list[WorkerInfo], list[str]]:
-    """Return the live workers, and the registered instances without a heartbeat."""
+    """Return the live workers, and the registered instances without a readable heartbeat."""
     living, silent = [], []
     for instance, beat in (await _registry(client, keys)).items():
-        if beat is None:
+        info = None if beat is None else parse_heartbeat(instance, beat)
+        if info is None:
             silent.append(instance)
-            continue
-        if (info := parse_heartbeat(instance, beat)) is not None:
+        else:
             living.append(info)
     return living, silent
 
@@ -236,18 +237,20 @@ async def check_schema(client: RedisClient, keys: Keys) -> None:
 
 
 def parse_heartbeat(instance: str, beat: bytes) -> WorkerInfo | None:
-    """Parse a worker's heartbeat. Return None if it is malformed."""
+    """Parse a worker's heartbeat. Return None if this version cannot read it."""
     try:
-        values = orjson.loads(beat)
-        # Heartbeats of a newer version may have more fields.
-        info = WorkerInfo(**{name: values[name] for name in values if name in _FIELDS})
-        # Workers refuse to run beside newer schemas, so these must be comparable.
-        operator.index(info.schema)
-        operator.index(info.compatible_since or 0)
-    except (ValueError, TypeError):
-        log.warning("Ignored the malformed heartbeat of worker %s", instance)
+        return _HEARTBEAT.validate_json(beat, strict=True)
+    except ValidationError as exc:
+        first = exc.errors(include_url=False, include_context=False, include_input=False)[0]
+        where = ".".join(map(str, first["loc"])) or "text"
+        log.warning(
+            "Ignored the heartbeat of worker %s, which this version cannot read (%s: %s). Check"
+            " which version of relay that worker is",
+            instance,
+            where,
+            first["msg"],
+        )
         return None
-    return info
 
 
 def unwritten_s(worker: WorkerInfo, now_ms: int) -> float:
