@@ -616,6 +616,25 @@ async def test_a_frozen_sentinel_delays_nobody(tmp_path: Path) -> None:
         sentinels[0].thaw()
 
 
+async def test_each_sentinel_without_a_primary_is_named_with_its_cause(tmp_path: Path) -> None:
+    primary = Server(tmp_path / "primary")
+    open_, closed = SentinelServer(tmp_path / "one", primary), Server(tmp_path / "two", acl=False)
+    with running(primary, open_, closed):
+        with closed.client() as admin:
+            admin.config_set("requirepass", "secret")
+        ports = open_.port, closed.port, primary.port, 1
+        settings = RedisSettings(
+            sentinels=",".join(f"127.0.0.1:{port}" for port in ports), master_name="other"
+        )
+        with pytest.raises(RedisUnavailable) as refused:
+            await discover(settings)
+    text = str(refused.value)
+    assert f":{open_.port} does not know it, only main" in text
+    assert f":{closed.port} rejects the login: check [redis] sentinel_user and sentinel_pa" in text
+    assert f":{primary.port} rejects the login" in text
+    assert ":1 cannot be reached (ConnectionError)" in text
+
+
 async def test_sentinels_have_a_login_and_tls_of_their_own(tmp_path: Path) -> None:
     if not has_tls("redis"):
         pytest.skip("this server is built without TLS")

@@ -17,7 +17,12 @@ from weakref import WeakSet
 
 from redis.asyncio import Redis, Sentinel
 from redis.asyncio.sentinel import MasterNotFoundError, SentinelConnectionPool
-from redis.exceptions import RedisError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    RedisError,
+    ResponseError,
+)
 from typing_extensions import override
 
 from relay.stream.connection.cancellation import end_all
@@ -39,7 +44,8 @@ class ConcurrentSentinels(Sentinel):
         found: list[tuple[int, str, int]] = []
         causes: list[str] = []
         create = asyncio.get_running_loop().create_task
-        asking = {create(_masters(each)) for each in self.sentinels}
+        names = {create(_masters(each)): _name(each) for each in self.sentinels}
+        asking = set(names)
         limit: float | None = None
         try:
             while asking:
@@ -50,23 +56,44 @@ class ConcurrentSentinels(Sentinel):
                     break
                 for each in done:
                     try:
-                        state = (await each).get(service_name)
+                        known = await each
                     except (RedisError, OSError) as exc:
-                        causes.append(type(exc).__name__)
+                        causes.append(f"{names[each]} {_cause(exc)}")
                         continue
+                    state = known.get(service_name)
                     if state and self.check_master_state(state, service_name):
                         found.append((int(state["config-epoch"]), state["ip"], int(state["port"])))
                         limit = _OTHERS_S
+                    elif state:
+                        causes.append(f"{names[each]} reports it as down")
+                    else:
+                        other = f", only {', '.join(sorted(known))}" if known else ""
+                        causes.append(f"{names[each]} does not know it{other}")
         finally:
             for each in asking:
                 each.add_done_callback(_ignore)
             # The caller closes the clients next. A task that still runs would connect again.
             await end_all(asking)
         if not found:
-            text = ", ".join(dict.fromkeys(causes)) or "none known"
-            raise MasterNotFoundError(f"Sentinel has no usable primary ({text})")
+            # Sorted, so that a repeated log line is the same.
+            text = "; ".join(sorted(causes))
+            raise MasterNotFoundError(f"Sentinel has no usable primary {service_name} ({text})")
         _, host, port = max(found)
         return host, port
+
+
+def _name(sentinel: Redis) -> str:
+    address = sentinel.connection_pool.connection_kwargs
+    host = f"[{address['host']}]" if ":" in address["host"] else address["host"]
+    return f"{host}:{address['port']}"
+
+
+def _cause(exc: Exception) -> str:
+    if isinstance(exc, (AuthenticationError, NoPermissionError)):
+        return "rejects the login: check [redis] sentinel_user and sentinel_password"
+    if isinstance(exc, ResponseError):
+        return "is not a Sentinel, or rejects SENTINEL MASTERS"
+    return f"cannot be reached ({type(exc).__name__})"
 
 
 def _ignore(asked: asyncio.Task[dict[str, Any]]) -> None:
