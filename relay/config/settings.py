@@ -16,8 +16,8 @@ from pydantic.fields import FieldInfo
 from typing_extensions import override
 
 from relay.config.lists import split
-from relay.core import durability
 from relay.core.client_address import TrustedProxies
+from relay.core.durability import Durability
 
 _ADDRESS = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:;/@\[\]?#]+)(:[0-9]{1,5})?")
 
@@ -396,13 +396,18 @@ class NamespaceSettings(Section):
         604800, ge=0, le=3153600000, description="Approximate time for which entries are kept. 0 means unlimited.")
     durability: str = Field(
         "fast",
-        pattern=rf"^({durability.FORMAT})$",
         description="What must be true of an event appended through relay before its publisher receives a success: fast (appended), replicated:N:MS (N replicas have received it within MS milliseconds) or fsynced:N:MS (the primary and N replicas have written it to disk; Redis 7.2 or Valkey with an append-only file). Without N: 1 for replicated, 0 for fsynced. Without MS: most of [publish] timeout_s. A request can choose another durability.",
     )
     unique_uids: bool = Field(
         True,
         description="Append only the first of several events with the same uid within [publish] uid_window_s. When disabled, the HTTP API and the queue append all of them, as Centrifugo v1 does.",
     )
+
+    @field_validator("durability")
+    @classmethod
+    def _is_durability(cls, text: str) -> str:
+        Durability.parse(text)
+        return text
 
     @classmethod
     @override

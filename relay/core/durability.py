@@ -14,8 +14,7 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 _LIMIT = "(?::[1-9][0-9]{0,4})?"
-FORMAT = f"fast|replicated(?::[1-9][0-9]?{_LIMIT})?|fsynced(?::[0-9]{{1,2}}{_LIMIT})?"
-_FORMAT = re.compile(FORMAT)
+_FORMAT = re.compile(f"fast|replicated(?::[1-9][0-9]?{_LIMIT})?|fsynced(?::[0-9]{{1,2}}{_LIMIT})?")
 FORMS = "fast, replicated, replicated:REPLICAS:MS, fsynced or fsynced:REPLICAS:MS"
 
 

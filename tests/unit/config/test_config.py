@@ -125,7 +125,10 @@ def test_replicas_to_wait_for_become_a_durability(ini: Callable[[str], Path]) ->
     )
     assert "wait_replicas = N is durability = replicated:N" in config.notes[0]
     for wrong in ("replicated:0", "disk", "fast:1", "fsynced:100"):
-        assert "namespace.durability" in error(None, f"namespace.durability={wrong}")
+        text = error(None, f"namespace.durability={wrong}")
+        assert "namespace.durability" in text
+        assert "durability must be fast, replicated, replicated:REPLICAS:MS, " in text
+        assert repr(wrong) in text
 
 
 def test_settings_for_sentinel_are_another_form_of_the_url(ini: Callable[[str], Path]) -> None:
