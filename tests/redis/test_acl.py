@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from redis.asyncio import Redis
 
 from relay.stream.connection.connect import command
-from tests.support.valkey import User, acl_lines
+from tests.support.valkey import DEFAULT_OFF, DOCUMENT, Flavour, Server, User, acl_lines, running
 
 pytestmark = pytest.mark.redis
 STREAM = "relay:stream:{news}"
@@ -257,3 +259,22 @@ def test_no_rule_is_for_nothing(user: User) -> None:
         for rule in (first, f"{first}|{rest[0]}" if rest else "")
         if rule in allowed
     }
+
+
+@pytest.mark.parametrize("key", ["event", "scripted"])
+def test_transactions_are_loaded_again_while_the_default_user_is_off(
+    tmp_path: Path, flavour: Flavour, key: str
+) -> None:
+    """Redis checks them against the rights of `default`, and a script's writes are one."""
+    assert f"`{DEFAULT_OFF}`" in DOCUMENT.read_text()
+    server = Server(tmp_path, flavour)
+    with running(server):
+        with server.client() as client:
+            if key == "event":
+                client.pipeline().set(key, 1).set("other", 1).execute()
+            else:
+                words = "redis.call('SET', KEYS[1], 1) redis.call('SET', KEYS[2], 1)"
+                client.eval(words, 2, key, "other")
+        server.restart()
+        with server.client() as client:
+            assert client.get(key) == b"1"

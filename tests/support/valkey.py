@@ -33,6 +33,8 @@ User = Literal["relay", "producer", "maintenance", "admin"]
 # Environment variable with the program of another Redis server or Valkey.
 PROGRAM = "TEST_SERVER"
 DOCUMENT = Path(__file__).parents[2] / "docs" / "redis.md"
+# The rule of the same page for the user of connections without a login.
+DEFAULT_OFF = "user default off ~* &* +@all"
 START_S = 60
 # Below the ports that Linux gives to outgoing connections.
 _PORTS = range(12_000, 32_000)
@@ -131,7 +133,7 @@ class Server:
         words += "--repl-diskless-sync-delay", "0", "--enable-debug-command", "yes"
         if self._acl:
             users = [f"{line} {self._rights}" for line in acl_lines()]
-            users += ["user admin on nopass ~* &* +@all", "user default off"]
+            users += ["user admin on nopass ~* &* +@all", DEFAULT_OFF]
             (self.folder / "users.acl").write_text("\n".join(users) + "\n")
             words += "--aclfile", str(self.folder / "users.acl")
             words += "--masteruser", "admin", "--masterauth", "any"
