@@ -40,7 +40,7 @@ def upgrade(options: argparse.Namespace) -> int:
     # The file stays, because another `relay upgrade` may be waiting for the same upgrade.
     line = outcome.read_text().strip()
     if line:
-        raise RelayError(f"{line}. Process {pid} continues to serve.")
+        raise RelayError(line)
     print(f"Process {_running(Path(path))} serves; process {pid} asks its clients to reconnect")
     return 0
 

@@ -291,12 +291,15 @@ class Upgrades:
         self._requested = asyncio.Event()
         # Whether a new relay is being started, or has taken over.
         self._is_running = False
+        self._is_stopping = False
         # Kept because Popen warns (ResourceWarning) if it is deleted while its process runs.
         self._successor: subprocess.Popen[bytes] | None = None
 
     def request(self) -> None:
-        """Start a new relay soon. Do nothing if one is already being started."""
-        if self._is_running:
+        """Start a new relay soon, unless one is already being started or this one is stopping."""
+        if self._is_stopping:
+            self._reject_stopping()
+        elif self._is_running:
             _log.warning("Ignored a request to upgrade: another process is already taking over")
         else:
             self._requested.set()
@@ -304,8 +307,26 @@ class Upgrades:
     async def run(self) -> None:
         """Wait for requests until a new relay has taken over, or until cancelled.
 
-        If cancelled before that, the new relay is ended. Don't cancel it after `handed_over`.
+        If cancelled before that, the new relay is ended, and later requests are rejected. Don't
+        cancel it after `handed_over`.
         """
+        try:
+            await self._run()
+        except asyncio.CancelledError:
+            self._is_stopping = True
+            if self._is_running or self._requested.is_set():
+                self._reject_stopping()
+            raise
+
+    def _reject_stopping(self) -> None:
+        line = (
+            f"Upgrade failed: process {os.getpid()} is stopping. Start relay again when it has"
+            " ended."
+        )
+        _log.warning("%s", line)
+        write_outcome(self._pid_file, line)
+
+    async def _run(self) -> None:
         while True:
             await self._requested.wait()
             self._requested.clear()
@@ -316,7 +337,7 @@ class Upgrades:
                 self._is_running = False
                 line = f"Upgrade failed: {exc}"
                 _log.error("%s. This relay continues to serve.", line)
-                write_outcome(self._pid_file, line)
+                write_outcome(self._pid_file, f"{line}. Process {os.getpid()} continues to serve.")
                 continue
             _log.info("Process %d has taken over; this one asks its clients to reconnect", pid)
             notify(MAINPID=pid)

@@ -133,7 +133,7 @@ async def test_the_old_relay_continues_whatever_the_new_one_sends(
     old = Old(tmp_path, monkeypatch, message)
     async with old.running() as task:
         old.upgrades.request()
-        assert await old.outcome() == line
+        assert await old.outcome() == f"{line}. Process {os.getpid()} continues to serve."
         assert not task.done()
         assert not old.used
         # A later one may succeed.
@@ -196,6 +196,11 @@ async def test_a_stop_during_an_upgrade_ends_the_new_relay(
         else:
             await old.started()
     (child,) = started
+    # Those who wait for the upgrade receive the reason, and so do those who request another one.
+    stopping = f"Upgrade failed: process {os.getpid()} is stopping. "
+    assert (await old.outcome()).startswith(stopping)
+    old.upgrades.request()
+    assert (await old.outcome()).startswith(stopping)
     # It has ended and is no zombie. How it has ended does not matter.
     assert child.returncode is not None
     with pytest.raises(ProcessLookupError):
