@@ -202,23 +202,24 @@ class AppendCommands:
                 stream,
             )
         if uid and (uid_key := self.uid_key(channel, uid)) is not None:
-            return self._once(channel, uid_key, words, durability)
+            return self._once(channel, stream, uid_key, words, durability)
         return Append(("XADD", stream, *words), None, durability, stream)
 
     def build_once(self, channel: Channel, fields: Sequence[bytes], mark: bytes) -> Append:
         """Return the append of an entry that has the key `mark` in place of a uid."""
         rules = self._namespace_of(channel)
         wanted = Durability.parse(rules.durability)
-        return self._once(channel, mark, _words(rules, fields), wanted)
+        stream = self._keys.stream(channel)
+        return self._once(channel, stream, mark, _words(rules, fields), wanted)
 
     def _once(
         self,
         channel: Channel,
+        stream: bytes,
         uid_key: bytes,
         words: Sequence[bytes | str | int],
         durability: Durability,
     ) -> Append:
-        stream = self._keys.stream(channel)
         keys = [stream, uid_key]
         if durability is not FAST:
             keys.append(self._mark(channel))
