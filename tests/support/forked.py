@@ -167,6 +167,9 @@ def _next_fork(control: socket.socket) -> tuple[dict[str, Any], int]:
                 continue
             data, files, _, _ = socket.recv_fds(control, _REQUEST_BYTES, 2)
             if not data:
+                # The test process has ended or was killed.
+                for pid, _ in running.values():
+                    os.kill(pid, signal.SIGKILL)
                 sys.exit()
             output, status = files
             pid = os.fork()
