@@ -12,6 +12,7 @@ from relay.core.errors import RedisUnavailable
 from relay.core.model import Channel
 from relay.core.stream_interface import Followed
 from relay.stream.connection.primary import Primaries
+from relay.stream.connection.refusals import Refusals
 from relay.stream.read import shard_readers
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.reader import StreamReader
@@ -60,6 +61,7 @@ class Reader:
         self.shard = shard
         self.streams: set[object] = set()
         self.has_connection = False
+        self.refusals = Refusals()
 
     def is_connected(self) -> bool:
         return self.has_connection
