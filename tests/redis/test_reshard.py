@@ -263,6 +263,10 @@ def misplaced(clients: ShardClients, *, on: Server) -> Channel:
 async def test_contents_are_compared_if_servers_store_them_in_another_form(
     servers: list[Server], older: Server, is_interrupted: bool
 ) -> None:
+    if binary("redis") != binary("valkey"):
+        with older.client() as admin:
+            if not str(admin.info("server")["redis_version"]).startswith("7."):
+                pytest.skip("Valkey reads keys of Redis 7 only")
     # Redis serializes large hashes and sets in an order that depends on the process.
     large = {f"user{number}": "r" for number in range(1000)}
     async with shard_clients(settings(older, servers[0])) as clients:
