@@ -553,7 +553,7 @@ async def test_sentinel_names_the_new_primary_after_a_failover(tmp_path: Path) -
                             != connection.replication.replid
                         )
                         assert await connection.call("XLEN", STREAM) == 1
-                        assert await client.xlen(STREAM) == 1
+                        assert await command(client, "XLEN", STREAM) == 1
                         break
                 except RedisUnavailable:
                     await asyncio.sleep(0.1)
