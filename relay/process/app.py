@@ -146,6 +146,7 @@ class Relay:
         """`check_only`: `run` returns once all parts are built; see `check`."""
         self._inheritance = inheritance or Inheritance()
         self._is_handed_over = False
+        self._has_sent_sockets = False
         self._valkey: EmbeddedValkey | None = None
         self._config = config
         self._check_only = check_only
@@ -466,8 +467,8 @@ class Relay:
             pid_file=self._config.node.pid_file,
         )
 
-    @staticmethod
-    def _sockets(parts: Parts) -> list[InheritedSocket]:
+    def _sockets(self, parts: Parts) -> list[InheritedSocket]:
+        self._has_sent_sockets = True
         # A port that the system has chosen is different for each worker and each start.
         internal = [
             InheritedSocket(socket.socket(fileno=os.dup(each.fileno())))
@@ -478,7 +479,9 @@ class Relay:
     def _hand_over(self, parts: Parts) -> None:
         """Stop: another relay has the listening sockets."""
         self._is_handed_over = True
-        parts.server.hold()
+        # A worker that was restarted during the upgrade has sockets that only it can serve.
+        if self._has_sent_sockets:
+            parts.server.hold()
         parts.internal.stop()
         self._stop.set()
 
