@@ -411,11 +411,12 @@ class ApiQueueConsumer(RunningProducer):
         failed = await queues.apply(shard.name, head, operations, window_ms=self._window_ms)
         async for span in in_slices(spans):
             span.end("")
-        if wanted:
+        if wanted and failed is not None:
             # No producer waits for a reply. The wait keeps the queue from running ahead of the
             # replicas. If a failover loses the entries, it also loses their removal from the queue.
             most_ms = int(self._redis.command_timeout_s * 500)
-            self._unconfirmed.report(wanted, await queues.confirm(wanted, most_ms))
+            confirmed = await queues.confirm(shard.name, wanted, most_ms)
+            self._unconfirmed.report(wanted, confirmed)
         if failed is not None:
             self._on_applied(len(head.items), broken + failed)
 

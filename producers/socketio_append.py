@@ -40,7 +40,7 @@ from relay.stream.write.confirmations import UnconfirmedLog, confirm
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
     from relay.stream.format.keys import Keys
-    from relay.stream.shards.links import ShardLinks
+    from relay.stream.shards.links import Connections, ShardLinks
 
 _DOOR = "socketio"
 # ID of the earlier copies in an ephemeral event: a client that is in several of the rooms receives
@@ -129,7 +129,8 @@ return 1
 # KEYS: a stream, and the uid key of each entry. ARGV: how long uids are kept (ms), then for each
 # entry the number of entries to keep (0: all), the number of words and the words. Returns the ID of
 # each entry, of the first one with its uid if that is known. After an error no other entry is
-# appended, to keep their order: they have the same error.
+# appended, to keep their order: they have the same error. It writes one key even if all uids are
+# known, because WAIT confirms the last write of its connection.
 _ALL_ONCE = Script(
     APPEND_FUNCTION
     + """\
@@ -145,6 +146,7 @@ for i = 2, #KEYS do
   end
   a = last + 1
 end
+if type(found[1]) == 'string' then redis.pcall('SET', KEYS[2], found[1], 'PX', ARGV[1]) end
 return found
 """
 )
@@ -198,6 +200,8 @@ class EmitBatch:
         self._max_entry_bytes = max_entry_bytes
         self._parts: list[_Entry | _Ephemeral | _ControlCommand] = []
         self._wanted: set[Durability] = set()
+        # The connections that carried the entries.
+        self._written: Connections = {}
 
     def add(self, emit: Emit, identity: bytes) -> None:
         """Add an emit. Raise UnusableEmit, without adding anything, if it cannot be an entry."""
@@ -276,14 +280,8 @@ class EmitBatch:
                 rejected = await self._append_in_steps(links, mark_key, old, new)
             else:
                 rejected = await self._append_at_once(links, mark_key, old, new)
-            if self._wanted:
-                streams = [
-                    stream
-                    for part in self._parts
-                    if isinstance(part, _Entry)
-                    for stream, _ in part.copies
-                ]
-                confirmed = await confirm(links, streams, self._wanted, _WAIT_MS)
+            if self._wanted and rejected >= 0:
+                confirmed = await confirm(self._written, self._wanted, _WAIT_MS)
                 self._unconfirmed.report(self._wanted, confirmed)
         except RedisUnavailable as exc:
             raise Unavailable(str(exc)) from exc
@@ -310,6 +308,7 @@ class EmitBatch:
         (reply,) = await links.evaluate([(EMITS, keys, words)])
         if isinstance(reply, ReplyError):
             raise Unavailable(f"Redis refused EVALSHA: {reply}")
+        self._written = links.connections_of([mark_key])
         return cast(int, reply)
 
     async def _append_in_steps(
@@ -318,6 +317,7 @@ class EmitBatch:
         if (await links.call("GET", mark_key) or b"") != old:
             return -1
         steps = _Steps(links, self._keys, self._node, mark_key)
+        self._written = steps.written
         # Entries without copies are collected, and appended before anything that depends on them.
         singles: list[_Once] = []
         for part in self._parts:
@@ -375,10 +375,14 @@ class _Once(NamedTuple):
 
 
 class _Steps:
-    """Appends the entries of a batch, each once. `rejected` counts those that Redis refused."""
+    """Appends the entries of a batch, each once.
+
+    `rejected` counts those that Redis refused, and `written` has the connections that carried them.
+    """
 
     def __init__(self, links: ShardLinks, keys: Keys, node: str, position: bytes) -> None:
         self.rejected = 0
+        self.written: Connections = {}
         self._links = links
         self._keys = keys
         self._node = node
@@ -435,9 +439,9 @@ class _Steps:
             calls.append((_ALL_ONCE, [stream, *[entries[index].uid for index in own]], words))
         replies: list[object] = [None] * len(entries)
         if calls:
-            for own, found in zip(
-                by_stream.values(), await self._links.evaluate(calls), strict=True
-            ):
+            evaluated = await self._links.evaluate(calls)
+            self.written |= self._links.connections_of(by_stream)
+            for own, found in zip(by_stream.values(), evaluated, strict=True):
                 each_own = found if isinstance(found, list) else [found] * len(own)
                 for index, reply in zip(own, each_own, strict=True):
                     replies[index] = reply

@@ -165,6 +165,11 @@ class ReconnectingConnection:
             return future
         return self._connection.execute(commands)
 
+    @property
+    def connection(self) -> PipelineConnection | None:
+        """The present connection, or None while Redis is unreachable."""
+        return self._connection
+
     async def call(self, *command: bytes | str | int) -> object:
         """Send one command and return its reply.
 

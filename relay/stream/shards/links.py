@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, cast
 
 from relay.core.errors import RedisUnavailable, RelayError, Unavailable
 from relay.stream.connection.connect import CommandRefused
-from relay.stream.connection.pipeline_connection import ReplyError, unawaited
+from relay.stream.connection.pipeline_connection import PipelineConnection, ReplyError, unawaited
 from relay.stream.connection.reconnecting import ReconnectingConnection
 from relay.stream.connection.scripts import is_missing
 from relay.stream.shards.shard import SITE_TAG, is_misplaced
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from relay.stream.shards.shard import Shard, ShardMap
 
 _log = logging.getLogger(__name__)
+
+# The connection of each link at a moment, or None if there was none.
+Connections = dict[ReconnectingConnection, PipelineConnection | None]
 
 # Limits of the pauses before a command is sent again whose key is being moved.
 _FIRST_PAUSE_S, _LAST_PAUSE_S = 0.01, 0.2
@@ -194,6 +197,17 @@ class ShardLinks:
         if link is None:
             raise RedisUnavailable(f"there is no connection to {shard.name} yet")
         return link
+
+    def connections_of(self, keys: Iterable[bytes]) -> Connections:
+        """Return the present connections to the shards of these keys, for `confirm`.
+
+        Call it directly after the replies to writes: WAIT confirms the writes of its own connection
+        only, which may be replaced later.
+
+        Raises:
+            RedisUnavailable: No server has one of the keys now.
+        """
+        return {link: link.connection for link in {self.link_of(key) for key in keys}}
 
     def each(self) -> list[ReconnectingConnection]:
         """Return the connections to all shards."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from relay.core.durability import FAST, Durability
-from relay.core.errors import RelayError, StartError
+from relay.core.errors import RedisUnavailable, RelayError, StartError
 from relay.stream.connection import connect
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.refusals import without_arguments
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
     from relay.stream.connection.connect import RedisClient
     from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
-    from relay.stream.shards.links import ShardLinks
+    from relay.stream.shards.links import Connections
 
 _log = logging.getLogger(__name__)
 
@@ -85,16 +85,24 @@ def parse_confirmations(
 
 
 async def confirm(
-    links: ShardLinks, keys: Iterable[bytes], wanted: Collection[Durability], most_ms: int
+    written: Connections, wanted: Collection[Durability], most_ms: int
 ) -> Confirmations:
-    """Wait until the last writes to the shards of these keys have these durabilities.
+    """Wait until the last writes on these connections have these durabilities.
 
-    Return what the first shard has confirmed that has not confirmed all, or else the last one.
+    `written`: of `ShardLinks.connections_of`. Return what the first server has confirmed that has
+    not confirmed all, or else the last one.
     """
     waits = confirming(wanted, most_ms)
     found = Confirmations(wait_ms=most_ms)
-    for link in {links.link_of(key) for key in keys}:
-        found = parse_confirmations(waits, await link.execute(waits), most_ms)
+    for connection in written.values():
+        if connection is None:
+            found = found._replace(problem="the connection was lost")
+            break
+        try:
+            found = parse_confirmations(waits, await connection.execute(waits), most_ms)
+        except RedisUnavailable as exc:
+            found = found._replace(problem=str(exc))
+            break
         if any(found.missing(each) for each in wanted):
             break
     return found

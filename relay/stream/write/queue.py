@@ -206,8 +206,13 @@ class CommandQueues:
         failed = await self._call("EVALSHA", APPLY.sha, len(keys), *keys, *words)
         return None if failed == -1 else cast(int, failed)
 
-    async def confirm(self, wanted: Collection[Durability], most_ms: int) -> Confirmations:
-        """Wait until the entries of the last `apply` have these durabilities, at most `most_ms`."""
+    async def confirm(
+        self, _queue: str, wanted: Collection[Durability], most_ms: int
+    ) -> Confirmations:
+        """Wait until the entries of the queue's last `apply` have these durabilities.
+
+        The wait takes at most `most_ms`.
+        """
         waits = confirming(wanted, most_ms)
         return parse_confirmations(waits, await self._connection.execute(waits), most_ms)
 

@@ -42,7 +42,7 @@ from relay.stream.write.queue import HOLD, Head, Operation
 if TYPE_CHECKING:
     from relay.core.durability import Durability
     from relay.stream.format.keys import Keys
-    from relay.stream.shards.links import ShardLinks
+    from relay.stream.shards.links import Connections, ShardLinks
     from relay.stream.shards.shard import Shard
 
 _log = logging.getLogger(__name__)
@@ -173,8 +173,8 @@ class SteppedQueues:
         self._instance = instance
         self._places = {place.label: place for place in places}
         self._taken_at: dict[str, float] = {}
-        # The streams of the last batch, for `confirm`.
-        self._written: set[bytes] = set()
+        # The connections that carried the last batch of each queue, for `confirm`.
+        self._written: dict[str, Connections] = {}
 
     async def hold(self, queues: Sequence[str], ttl_ms: int) -> list[bool]:
         """See `CommandQueues.hold`."""
@@ -209,7 +209,7 @@ class SteppedQueues:
         """
         place = self._places[queue]
         number, _, batch_id = head.taken.partition(b":")
-        self._written.clear()
+        self._written[queue] = {}
         for _ in range(_ATTEMPTS):
             if asyncio.get_running_loop().time() - self._taken_at[queue] > _OLD_S:
                 return None
@@ -230,9 +230,11 @@ class SteppedQueues:
             return failed if _checked(done) else None
         return None
 
-    async def confirm(self, wanted: Collection[Durability], most_ms: int) -> Confirmations:
-        """Wait until the entries of the last `apply` have these durabilities, at most `most_ms`."""
-        return await confirm(self._links, self._written, wanted, most_ms)
+    async def confirm(
+        self, queue: str, wanted: Collection[Durability], most_ms: int
+    ) -> Confirmations:
+        """See `CommandQueues.confirm`."""
+        return await confirm(self._written[queue], wanted, most_ms)
 
     def _state(self, place: QueuePlace) -> tuple[bytes, bytes]:
         return self._keys.queue_taken(place.name), self._keys.queue_state(place.name)
@@ -250,7 +252,7 @@ class _Batch:
         window_ms: int,
     ) -> None:
         self._links, self._keys = queues._links, queues._keys  # one unit
-        self._written = queues._written
+        self._written = queues._written[place.label]
         self._node = queues._instance
         self._label = place.label
         self._head: list[bytes | str | int] = [number, batch_id, window_ms, _MARK_S]
@@ -325,7 +327,7 @@ class _Batch:
             if isinstance(found, int):
                 self.number_in_use = max(self.number_in_use, found)
                 continue
-            self._written.add(stream)
+            self._written |= self._links.connections_of([stream])
             pairs = cast("list[bytes]", found)
             self._failed |= {
                 int(index): error for index, error in zip(pairs[::2], pairs[1::2], strict=True)
