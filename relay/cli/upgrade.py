@@ -11,12 +11,12 @@ from pathlib import Path
 
 from relay.cli.configured import configuration
 from relay.core.errors import ConfigError, RelayError
-from relay.process.handover import READY_S
+from relay.process.handover import READY_S, STARTED_S
 from relay.process.pid_file import outcome_path
 
 _POLL_S = 0.1
 # The new relay reports that it is not ready before this ends.
-_LIMIT_S = READY_S + 10.0
+_LIMIT_S = STARTED_S + READY_S + 10.0
 
 
 def upgrade(options: argparse.Namespace) -> int:
@@ -24,20 +24,21 @@ def upgrade(options: argparse.Namespace) -> int:
     path = configuration(options).node.pid_file
     if not path:
         raise ConfigError("[node] pid_file is not set; set it, or send SIGUSR2 to relay yourself")
+    outcome = outcome_path(path)
+    # Before the process ID is read, so that the end of another upgrade is not missed.
+    earlier = _version(outcome)
     pid = _running(Path(path))
     if not _handles_upgrades(pid):
         raise RelayError(f"process {pid} is a version that cannot be replaced; restart it")
-    outcome = outcome_path(path)
-    outcome.unlink(missing_ok=True)
     os.kill(pid, signal.SIGUSR2)
     end = time.monotonic() + _LIMIT_S
-    while not outcome.exists():
-        if not _exists(pid) and not outcome.exists():
+    # The file of an earlier upgrade stays, because its `relay upgrade` may not have read it yet.
+    while _version(outcome) == earlier:
+        if not _exists(pid) and _version(outcome) == earlier:
             raise RelayError(f"process {pid} has ended before another one had taken over")
         if time.monotonic() > end:
             raise RelayError(f"process {pid} has not replaced itself within {_LIMIT_S:g} s")
         time.sleep(_POLL_S)
-    # The file stays, because another `relay upgrade` may be waiting for the same upgrade.
     line = outcome.read_text().strip()
     if line:
         raise RelayError(line)
@@ -58,6 +59,15 @@ def _running(path: Path) -> int:
     raise RelayError(f"[node] pid_file: {path} belongs to no running relay")
 
 
+def _version(path: Path) -> tuple[int, int] | None:
+    """Return a value that changes when the file is replaced. None if there is no file."""
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
 def _exists(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -67,11 +77,14 @@ def _exists(pid: int) -> bool:
 
 
 def _handles_upgrades(pid: int) -> bool:
-    """Return whether the process handles SIGUSR2, whose default action would end it."""
+    """Return whether the process handles SIGUSR2, whose default action would end it.
+
+    While relay starts, it blocks the signal, and handles it afterwards.
+    """
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
         # Without /proc.
         return True
-    caught = next((line.split()[1] for line in lines if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (signal.SIGUSR2 - 1) & 1)
+    masks = [line.split()[1] for line in lines if line.startswith(("SigCgt:", "SigBlk:"))]
+    return any(int(mask, 16) >> (signal.SIGUSR2 - 1) & 1 for mask in masks)

@@ -53,6 +53,7 @@ from relay.process.handover import (
     Upgrades,
     inheritance,
     send_sockets,
+    wait_started,
 )
 from relay.process.internal_address import open_internal
 from relay.process.pid_file import pid_file, write_error
@@ -158,6 +159,7 @@ class Relay:
         self._stop_signals = 0
         # The task of `run` until this relay serves. A stop signal cancels it.
         self._starting: asyncio.Task[int] | None = None
+        self._has_started = asyncio.Event()
         self._announcing: asyncio.Task[None] | None = None
         self._background: asyncio.TaskGroup | None = None
         self._door_tasks: set[asyncio.Task[None]] = set()
@@ -251,6 +253,7 @@ class Relay:
         try:
             await self._start(base, parts)
             self._starting = None
+            self._has_started.set()
             with parts.collections:
                 await self._stop.wait()
                 if self._is_handed_over and self._worker is None:
@@ -453,6 +456,7 @@ class Relay:
 
     def _upgrades(self, parts: Parts) -> Upgrades:
         async def sockets() -> list[InheritedSocket]:
+            await wait_started(self._has_started)
             return self._sockets(parts)
 
         def handed_over(used: set[str]) -> None:

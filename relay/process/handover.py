@@ -49,6 +49,7 @@ _log = logging.getLogger(__name__)
 _VARIABLE = "_RELAY_HANDOVER"
 PID_FILE, VALKEY = "pid file", "valkey"
 READY_S = 120.0
+STARTED_S = 30.0
 _GO_S = 5.0
 # The kernel passes at most 253 descriptors in one message.
 _AT_ONCE = 200
@@ -110,6 +111,17 @@ async def receive_sockets(control: socket.socket, senders: int) -> list[Inherite
             found += _sockets(values, descriptors)
             senders -= bool(values.get("end", True))
     return found
+
+
+async def wait_started(started: asyncio.Event) -> None:
+    """Wait until this relay has opened its listeners. Raise StartError if that takes too long."""
+    try:
+        async with asyncio.timeout(STARTED_S):
+            await started.wait()
+    except TimeoutError:
+        raise StartError(
+            f"process {os.getpid()} is still starting after {STARTED_S:g} s; see its log"
+        ) from None
 
 
 async def _readable(control: socket.socket) -> None:

@@ -53,6 +53,7 @@ from relay.process.handover import (
     discard_sockets,
     inheritance,
     receive_sockets,
+    wait_started,
 )
 from relay.process.pid_file import pid_file
 from relay.process.reloading import Reloads
@@ -319,6 +320,7 @@ class Supervisor:
 
     async def _collect_sockets(self) -> list[InheritedSocket]:
         """Return the listening sockets of all workers."""
+        await wait_started(self._all_started)
         discard_sockets(self._upward[0])
         self._send_all(SEND_SOCKETS)
         try:

@@ -26,6 +26,7 @@ from relay.process.handover import (
     discard_sockets,
     receive_sockets,
     send_sockets,
+    wait_started,
 )
 from relay.process.pid_file import outcome_path
 from relay.transports.socket.inherited import InheritedSocket
@@ -227,3 +228,17 @@ async def test_a_stop_while_a_new_relay_cannot_be_started_takes_effect(
         may_fail.set()
         await asyncio.wait([task], timeout=30)
         assert task.cancelled()
+
+
+async def test_an_upgrade_waits_until_the_relay_has_its_own_sockets(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        waiting = group.create_task(wait_started(started))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        started.set()
+    monkeypatch.setattr(handover, "STARTED_S", 0.0)
+    with pytest.raises(StartError, match=f"process {os.getpid()} is still starting after 0 s"):
+        await wait_started(asyncio.Event())
