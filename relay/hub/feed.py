@@ -52,6 +52,13 @@ class Rights(Protocol):
         until now, so an answer that is being renewed is still valid.
         """
 
+    def asks_again(self, principal: Principal, channel: Channel) -> bool:
+        """Request the application's answer if it is missing. Return False if it is not.
+
+        An answer may have expired while the client waited for the stream. `Feed.examine_waiting` is
+        called after the new one.
+        """
+
 
 class BatchObserver(Protocol):
     """Is notified of each batch of entries."""
@@ -201,6 +208,10 @@ class Feed:
         yield from self._live
         yield from self._behind
 
+    def waiting(self) -> Iterator[Subscription]:
+        """Yield the subscriptions that wait for the next examination."""
+        yield from self._new
+
     @property
     def has_waiting(self) -> bool:
         """Return True if a client waits for the next examination."""
@@ -276,6 +287,11 @@ class Feed:
             self._recheck = True
             self.hub.reads.want_examine(self)
 
+    def examine_waiting(self) -> None:
+        """Examine the stream for the waiting clients, because the application has answered."""
+        if self._new:
+            self.hub.reads.want_join(self)
+
     def on_examined(self, request: ExamineRequest, examined: Examined) -> None:
         """Settle the position, check rights, then place new subscriptions."""
         taken, recheck = _context_of(request)
@@ -309,14 +325,16 @@ class Feed:
         examination reads rights and stream together again: a revocation in between is seen.
         """
         self._recheck |= recheck
+        is_confirmed = self._examined
         for subscription in taken:
             if subscription.has_ended:
                 continue
             if self._may_join(subscription, examined):
                 self._new[subscription] = None
+                is_confirmed = True
             else:
                 self._reject(subscription, examined)
-        if not self.alive:
+        if not (self.alive and is_confirmed):
             return
         self._mark = self.exists = True
         if self._examined:
@@ -330,7 +348,12 @@ class Feed:
         return self.hub.rights.allowed(principal, self.channel, value, admitted=False)
 
     def _reject(self, subscription: Subscription, examined: Examined) -> None:
-        value = examined.rights.get(subscription.session.principal.user)
+        """Reject a client that may not join, unless the application must be asked again."""
+        principal = subscription.session.principal
+        value = examined.rights.get(principal.user)
+        if value != b"-" and self.hub.rights.asks_again(principal, self.channel):
+            self._new[subscription] = None
+            return
         rule = "revoked" if value == b"-" else "not granted"
         self._refuse(subscription, Forbidden(f"no right to read {self.channel}"), rule)
 

@@ -34,6 +34,8 @@ class ReadRights(Rights):
         # Answers of the application that local clients depend on, by expiry time (`monotonic`).
         self._due: list[tuple[float, int, Principal, Channel]] = []
         self._numbers = itertools.count()
+        # Missing answers that are requested at the next renewal.
+        self._missing: set[tuple[str, frozenset[str], Channel]] = set()
 
     @override
     def allowed(
@@ -49,6 +51,19 @@ class ReadRights(Rights):
                 answer = True
         return self.policy.allowed(principal, channel, hash_value, answer, now=time.time())
 
+    @override
+    def asks_again(self, principal: Principal, channel: Channel) -> bool:
+        http = self.policy.http
+        if http is None or not self.policy.needs_http(principal, channel):
+            return False
+        if http.cached(principal, channel) is not None:
+            return False
+        question = principal.user, principal.groups, channel
+        if question not in self._missing:
+            self._missing.add(question)
+            self.renew_later(principal, channel)
+        return True
+
     def renew_later(self, principal: Principal, channel: Channel) -> None:
         """Request the application's answer again when the cached one expires."""
         if self.policy.http is not None:
@@ -59,6 +74,7 @@ class ReadRights(Rights):
         """Yield the expired answers and remove them from the schedule."""
         while self._due and self._due[0][0] <= now:
             _, _, principal, channel = heapq.heappop(self._due)
+            self._missing.discard((principal.user, principal.groups, channel))
             yield principal, channel
 
     def drop(self, channel: Channel | None, user: str | None) -> None:
@@ -115,6 +131,8 @@ class Admission:
         self._rights.renew_later(principal, channel)
         if not allowed:
             self._hub.recheck(channel)
+        elif (feed := self._hub.feed(channel)) is not None:
+            feed.examine_waiting()
 
 
 def _is_subscribed(hub: Hub, principal: Principal, channel: Channel) -> bool:
@@ -123,5 +141,6 @@ def _is_subscribed(hub: Hub, principal: Principal, channel: Channel) -> bool:
         return False
     # Compare the parameters of the request only: a refreshed token creates another principal.
     parameters = (principal.user, principal.groups)
-    sessions = (subscription.session for subscription in feed.subscriptions())
+    members = itertools.chain(feed.subscriptions(), feed.waiting())
+    sessions = (subscription.session for subscription in members)
     return any((each.principal.user, each.principal.groups) == parameters for each in sessions)

@@ -221,6 +221,10 @@ class _Rights:
         del admitted
         return self._policy.allowed(principal, channel, hash_value, None, now=self._clock.now)
 
+    def asks_again(self, principal: Principal, channel: Channel) -> bool:
+        del principal, channel
+        return False
+
 
 class Presence:
     """`relay.doorkit.contract.Presence` in memory."""

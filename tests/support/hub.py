@@ -64,6 +64,10 @@ class Rights:
         del principal, channel, admitted
         return hash_value != b"-"
 
+    def asks_again(self, principal: Principal, channel: Channel) -> bool:
+        del principal, channel
+        return False
+
 
 class Words:
     """An encoder whose frames are readable words."""

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import cast
+import asyncio
+from collections.abc import Coroutine
+from typing import Any, cast
+
+import pytest
 
 from relay.config.settings import NamespaceSettings
 from relay.core.metrics import Metrics
 from relay.core.model import Broken, Channel, EntryID, Principal
-from relay.process.admission import ReadRights
+from relay.process.admission import Admission, ReadRights
 from relay.process.incoming import DEAD_LETTERS_WAITING, Incoming
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
+from tests.support.hub import Reads, Words, examine, join, make_hub
 
 CHANNEL = Channel("app:a")
 BOB = Principal(user="bob")
@@ -21,6 +26,8 @@ class Answers:
 
     def __init__(self, answer: bool | None) -> None:
         self.answer = answer
+        self.next = True
+        self.asked = 0
 
     def cached(self, principal: Principal, channel: Channel) -> bool | None:
         del principal, channel
@@ -29,6 +36,12 @@ class Answers:
     def expires_in(self, principal: Principal, channel: Channel) -> float | None:
         del principal, channel
         return None if self.answer is None else 10.0
+
+    async def ask(self, principal: Principal, channel: Channel) -> bool:
+        del principal, channel
+        self.asked += 1
+        self.answer = self.next
+        return self.next
 
 
 def rights(answer: bool | None) -> ReadRights:
@@ -62,3 +75,39 @@ def test_an_answer_applies_to_new_and_connected_clients() -> None:
     for admitted in (False, True):
         assert rights(True).allowed(BOB, CHANNEL, None, admitted=admitted)
         assert not rights(False).allowed(BOB, CHANNEL, None, admitted=admitted)
+
+
+@pytest.mark.parametrize("is_allowed", [True, False])
+@pytest.mark.parametrize("marker", [1 << 32, None])
+async def test_an_answer_that_expired_while_a_client_waited_is_requested_again(
+    is_allowed: bool, marker: int | None
+) -> None:
+    answers = Answers(True)
+    answers.next = is_allowed
+    policy = Policy(lambda _: NamespaceSettings(rights="http"), cast(HttpRights, answers))
+    reads, tasks = Reads(), asyncio.TaskGroup()
+    hub = make_hub(reads)
+    hub.rights = ReadRights(policy)
+
+    def spawn(work: Coroutine[Any, Any, None], name: str) -> None:
+        tasks.create_task(work, name=name)
+
+    admission = Admission(rights=hub.rights, hub=hub, spawn=spawn)
+    session, client, _ = join(hub, BOB, Words(), CHANNEL)
+    session.subscriptions[CHANNEL].defer(EntryID(1000, 0))
+    # The server was away for longer than answers are stored.
+    answers.answer = None
+    examine(hub, CHANNEL, marker=marker)
+    feed = hub.feed(CHANNEL)
+    assert feed is not None
+    assert (client.told, list(feed.waiting())) == ([], [session.subscriptions[CHANNEL]])
+    reads.examine.clear()
+    async with tasks:
+        admission.renew()
+    assert (answers.asked, reads.examine) == (1, [feed])
+    # The stream's marker is only created for a confirmed right.
+    assert not examine(hub, CHANNEL, marker=marker).mark
+    if is_allowed and marker is None:
+        assert examine(hub, CHANNEL).mark
+    word = "subscribed app:a" if is_allowed else "refused app:a: Forbidden"
+    assert client.told == [word]
