@@ -12,6 +12,7 @@ from typing_extensions import override
 from relay.config.settings import RedisSettings
 from relay.core.errors import RelayError, StartError
 from relay.core.model import Channel, EntryID
+from relay.stream.connection import connect
 from relay.stream.connection.connect import command
 from relay.stream.connection.primary import certificate_of
 from relay.stream.format.keys import Keys
@@ -428,3 +429,26 @@ async def test_the_copy_of_a_key_that_disappeared_is_kept(servers: list[Server])
             result = await work.run(dry=False, progress=lambda _: None)
             assert (result.keys.total(), result.conflicts) == (0, [])
             assert target.xlen(key) == 1
+
+
+async def test_a_key_that_expires_while_it_is_read_leaves_no_copy(
+    servers: list[Server], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, _ = servers
+    async with shard_clients(settings(one, two)) as clients:
+        key = ONE.uid(misplaced(clients, on=one), "u")
+        with one.client() as source, two.client() as target:
+            source.set(key, "1-0", ex=1000)
+
+            async def expire_first(client: Any, *words: Any) -> Any:
+                if words[0] == "PTTL":
+                    source.pexpireat(key, 1)
+                return await command(client, *words)
+
+            work = Reshard(clients, [], Keys("relay:", has_site_tag=True))
+            await work.connect()
+            monkeypatch.setattr(connect, "command", expire_first)
+            result = await work.run(dry=False, progress=lambda _: None)
+            assert result.keys.total() == 0
+            # A copy would have no time to live.
+            assert not target.exists(key)

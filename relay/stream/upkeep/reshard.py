@@ -45,6 +45,8 @@ _LEASE_S = 30
 _KEPT = (b"control", b"dead-letters", b"tap:", b"group:", b"store:")
 # Keys with a tag that belong to their server, or to workers that have stopped.
 _LEFT = (b"canary:", b"presence:", b"queue:", b"taken:")
+# Reply to PTTL if there is no key.
+_NO_KEY = -2
 # Commands that return the whole contents of a key, by its type.
 _READ = {
     "hash": ("HGETALL",),
@@ -297,7 +299,10 @@ class Reshard:
                 payload = await connect.command(pipeline, "DUMP", move.key)
                 if payload is None:
                     return False
-                ttl_ms = max(0, await connect.command(pipeline, "PTTL", move.key))
+                ttl_ms = await connect.command(pipeline, "PTTL", move.key)
+                if ttl_ms in (0, _NO_KEY):
+                    return False  # expired: RESTORE would create it without a time to live
+                ttl_ms = max(0, ttl_ms)
                 copied = await self._copy(source, target, move, payload, ttl_ms)
                 if copied is None:
                     result.conflicts.append(move)
