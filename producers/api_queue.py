@@ -413,7 +413,8 @@ class ApiQueueConsumer(RunningProducer):
             span.end("")
         if wanted and failed is not None:
             # No producer waits for a reply. The wait keeps the queue from running ahead of the
-            # replicas. If a failover loses the entries, it also loses their removal from the queue.
+            # replicas. If a failover loses the entries, it also loses their removal from the queue,
+            # unless that is on another server.
             most_ms = int(self._redis.command_timeout_s * 500)
             confirmed = await queues.confirm(shard.name, wanted, most_ms)
             self._unconfirmed.report(wanted, confirmed)

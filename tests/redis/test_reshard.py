@@ -408,6 +408,24 @@ async def test_two_runs_at_a_time_lose_nothing(servers: list[Server]) -> None:
         await _check(clients)
 
 
+async def test_a_refused_run_releases_the_servers_that_it_had(servers: list[Server]) -> None:
+    one, two, _ = servers
+    lease = ONE.lease("reshard")
+    async with shard_clients(settings(one, two)) as clients:
+        channel = misplaced(clients, on=two)
+        with one.client() as first, two.client() as second:
+            second.xadd(ONE.stream(channel), {"data": "1"})
+            # A run with the servers in another order has the second one.
+            second.set(lease, "other")
+            work = Reshard(clients, [], Keys("relay:", has_site_tag=True))
+            await work.connect()
+            with pytest.raises(RelayError, match="another relay reshard uses"):
+                await work.run(dry=False, progress=lambda _: None)
+            await work.release()
+            assert first.get(lease) is None
+            assert second.get(lease) == b"other"
+
+
 async def test_the_copy_of_a_key_that_disappeared_is_kept(servers: list[Server]) -> None:
     one, two, _ = servers
     async with shard_clients(settings(one, two)) as clients:

@@ -201,6 +201,8 @@ class Reshard:
         now = asyncio.get_running_loop().time()
         if now < self._held_until:
             return
+        # Not 0, so that `release` releases those that were taken before one is refused.
+        self._held_until = now
         for name, lease in self._leases.items():
             if not await lease.hold():
                 raise RelayError(
