@@ -271,8 +271,13 @@ class Subscription:
         return self.session.subscriptions.get(self.feed.channel) is not self
 
     @property
+    def has_position(self) -> bool:
+        """Return False if the client receives new events only, and was not accepted yet."""
+        return self.start is not None or self.mode is not SubscriptionMode.NEW
+
+    @property
     def position(self) -> Position:
-        """The client's position, from which it can resume."""
+        """The client's position, from which it can resume, see `has_position`."""
         feed = self.feed
         if self.before_notice is not None:
             # The client has not received its gap notice yet. Resuming from here repeats the check.

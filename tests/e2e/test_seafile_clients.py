@@ -392,6 +392,26 @@ async def test_the_user_of_the_last_token_applies_to_all_libraries(door: Seafile
     assert (await client.next())["content"]["path"] == "/b"
 
 
+async def test_a_change_of_user_repeats_no_earlier_event(door: Seafile) -> None:
+    first, second = new_library(), new_library()
+    await door.commit(first, "earlier")
+    client = await door.connect()
+    repos = [
+        {"id": library, "jwt_token": subscribe_token(library, user)}
+        for library, user in ((first, ALICE), (second, BOB))
+    ]
+    # The second token arrives before the first subscription has been confirmed.
+    await client.send("subscribe", {"repos": repos})
+    sent: list[object] = []
+    received = None
+    while received is None:
+        sent.append(update(first, f"later{len(sent)}"))
+        await door.commit(first, f"later{len(sent) - 1}")
+        with contextlib.suppress(TimeoutError):
+            received = await client.next(0.3)
+    assert received in sent
+
+
 async def test_a_permission_without_recipients_is_not_delivered(
     door: Seafile,
 ) -> None:

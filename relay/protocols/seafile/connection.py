@@ -316,9 +316,12 @@ class SeafileClient(Client, TokenHolder):
                 self._subscribe_after(session, channel, seen), name="seafile client"
             )
         else:
-            context = self._service.context
-            context.subscribe(session, channel, None)
-            defer_if_away(context.not_reading, context.clock, session, channel)
+            self._join(session, channel, None)
+
+    def _join(self, session: Session, channel: Channel, position: Position | None) -> None:
+        context = self._service.context
+        context.subscribe(session, channel, position)
+        defer_if_away(context.not_reading, context.clock, session, channel)
 
     def _seen(self, channel: Channel, token: int) -> EntryID | None:
         left = self._left.get(channel)
@@ -347,7 +350,7 @@ class SeafileClient(Client, TokenHolder):
             return
         self._missed.pop(channel, None)
         subscription = self.session.subscriptions.get(channel)
-        if subscription is not None:
+        if subscription is not None and subscription.has_position:
             at = subscription.position.id
             self._left[channel] = ClientPosition(at, self._id, library.token, ended=False)
         if subscription is not None or channel in self.session.reserved:
@@ -360,7 +363,9 @@ class SeafileClient(Client, TokenHolder):
         old = self.session
         positions: dict[Channel, Position | None] = dict.fromkeys(self._libraries)
         if old is not None:
-            positions |= {name: each.position for name, each in old.subscriptions.items()}
+            positions |= {
+                name: each.position for name, each in old.subscriptions.items() if each.has_position
+            }
             self._left = {}
             old.end()
         self.session = None
@@ -385,7 +390,7 @@ class SeafileClient(Client, TokenHolder):
             if session.closed:
                 return
             if channel in self._libraries and channel not in session.subscriptions:
-                self._service.context.subscribe(session, channel, position)
+                self._join(session, channel, position)
         if self._stores_positions and user:
             self._stored = await self._service.stored_positions(missed.name(user, self._agent))
         self._continue()
@@ -402,7 +407,7 @@ class SeafileClient(Client, TokenHolder):
                 state = snapshot.state
                 self._missed[channel] = missed.needed(snapshot.events, seen, session.selectors)
                 position = Position(state.last, state.added, state.incarnation)
-            self._service.context.subscribe(session, channel, position)
+            self._join(session, channel, position)
         self._continue()
 
     def _continue(self) -> None:
