@@ -143,6 +143,7 @@ class HttpConnection(RequestHandler):
         "_head",
         "_head_bytes",
         "_info",
+        "_is_behind",
         "_later",
         "_payload",
         "_reads_later",
@@ -180,6 +181,8 @@ class HttpConnection(RequestHandler):
         self._handshake = b""
         # Another request, or a part of its head, that waits for its turn (see `request_pace`).
         self._later = b""
+        # The next request had already been parsed when the answer to this one was complete.
+        self._is_behind = False
         # The first part of an incomplete head.
         self._head = b""
 
@@ -248,6 +251,8 @@ class HttpConnection(RequestHandler):
                 self._head = b"" if is_complete else head
             if data and not self.limits.pace.enter(self):
                 self._later = data
+                if _HEAD_END in data:
+                    self.limits.heads.remove(self)
                 # The rest of a head must not arrive before this part is parsed.
                 self._pause_transport_reading()
                 return
@@ -412,6 +417,10 @@ class HttpConnection(RequestHandler):
         start_time: float | None,
         request_handler: Callable[[BaseRequest], Awaitable[StreamResponse]],
     ) -> tuple[StreamResponse, bool]:
+        if self._is_behind:
+            await self.limits.pace.wait()
+            if self.transport is None:
+                request_handler = _reject_lost
         if "Sec-WebSocket-Key" in request.headers and "Upgrade" not in request.headers:
             _log.warning(
                 "A proxy at %s removes the header Upgrade from WebSocket requests, so they are"
@@ -425,6 +434,7 @@ class HttpConnection(RequestHandler):
         try:
             return await super()._handle_request(request, start_time, request_handler)
         finally:
+            self._is_behind = bool(self._messages)
             self.hops = 0
             self._info = None
             self.limits.bodies.release(self)

@@ -2,8 +2,8 @@
 
 If thousands of clients send a request at the same moment, uvloop reads all of them in one turn of
 the event loop. Parsing and handling them there would delay connected clients for seconds. So each
-turn begins at most `_MOST`, and the others wait unparsed, in their order. Unlike handshakes, they
-are never rejected.
+turn begins at most `_MOST`, and the others wait in their order, unparsed unless they have arrived
+behind another request of their connection. Unlike handshakes, they are never rejected.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ _MOST = 32
 
 
 class Waiting(Protocol):
-    """A connection whose request waits."""
+    """A request that waits."""
 
     def begin(self) -> None:
-        """Parse and handle the request."""
+        """Handle the request."""
 
 
 class RequestPace:
@@ -35,7 +35,17 @@ class RequestPace:
     def __len__(self) -> int:
         return len(self._waiting)
 
-    def enter(self, connection: Waiting) -> bool:
+    async def wait(self) -> None:
+        """Wait until a parsed request may begin."""
+        turn = _Turn()
+        if self.enter(turn):
+            return
+        try:
+            await turn.has_begun
+        finally:
+            self.leave(turn)
+
+    def enter(self, request: Waiting) -> bool:
         """Return True if the request may begin now, else call `begin` in a later turn."""
         if not self._in_turns:
             self._in_turns = True
@@ -44,12 +54,12 @@ class RequestPace:
         if self._begun < _MOST and not self._waiting:
             self._begun += 1
             return True
-        self._waiting[connection] = None
+        self._waiting[request] = None
         return False
 
-    def leave(self, connection: Waiting) -> None:
-        """Remove a connection that is lost."""
-        self._waiting.pop(connection, None)
+    def leave(self, request: Waiting) -> None:
+        """Remove a request whose connection is lost."""
+        self._waiting.pop(request, None)
 
     def _turn(self) -> None:
         """Begin the next requests. Runs in each turn of the event loop while there are any."""
@@ -59,6 +69,17 @@ class RequestPace:
             return
         asyncio.get_running_loop().call_soon(self._turn)
         while self._waiting and self._begun < _MOST:
-            connection, _ = self._waiting.popitem(last=False)
+            request, _ = self._waiting.popitem(last=False)
             self._begun += 1
-            connection.begin()
+            request.begin()
+
+
+class _Turn:
+    """A parsed request that waits."""
+
+    def __init__(self) -> None:
+        self.has_begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def begin(self) -> None:
+        if not self.has_begun.done():
+            self.has_begun.set_result(None)

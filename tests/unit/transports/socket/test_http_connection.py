@@ -625,6 +625,60 @@ def test_requests_that_arrive_at_once_are_spread_over_turns(run: Run) -> None:
     run(main())
 
 
+def test_requests_behind_others_of_their_connections_are_spread_over_turns(run: Run) -> None:
+    count, behind = 300, 10
+
+    async def main() -> None:
+        async with serving() as site:
+            clients = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(count)]
+            while len(site.limits.heads) < len(clients):
+                await asyncio.sleep(0)
+            for each in clients:
+                each.sendall(PING * behind)
+                each.setblocking(False)
+            # This one disconnects while its second request waits.
+            clients[-1].close()
+            most, begun = 0, site.begun
+            async with asyncio.timeout(30):
+                while begun < (count - 1) * behind:
+                    await asyncio.sleep(0)
+                    most, begun = max(most, site.begun - begun), site.begun
+            # Those of one turn, in two different steps of aiohttp's handler.
+            assert most <= 2 * 32
+            loop = asyncio.get_running_loop()
+            for each in clients[:-1]:
+                received = b""
+                while received.count(b"HTTP/1.1 200 OK") < behind:
+                    async with asyncio.timeout(30):
+                        received += await loop.sock_recv(each, 65536)
+                each.close()
+            assert not len(site.limits.pace)
+
+    run(main())
+
+
+def test_complete_requests_that_wait_are_not_closed_as_incomplete_ones(run: Run) -> None:
+    async def main() -> None:
+        async with serving() as site:
+            clients = [socket.create_connection(("127.0.0.1", site.port)) for _ in range(100)]
+            while len(site.limits.heads) < len(clients):
+                await asyncio.sleep(0)
+            for each in clients:
+                each.sendall(PING)
+            async with asyncio.timeout(30):
+                while not len(site.limits.pace):
+                    await asyncio.sleep(0)
+            assert not len(site.limits.heads)
+            loop = asyncio.get_running_loop()
+            for each in clients:
+                each.setblocking(False)
+                async with asyncio.timeout(30):
+                    assert (await loop.sock_recv(each, 65536)).startswith(b"HTTP/1.1 200 OK")
+                each.close()
+
+    run(main())
+
+
 def test_incomplete_messages_of_all_websockets_have_a_common_limit(run: Run) -> None:
     async def main() -> None:
         limits = ConnectionLimits()
