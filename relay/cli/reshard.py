@@ -9,7 +9,8 @@ from contextlib import AsyncExitStack
 from producers.settings import QueueSettings
 from relay.cli.operator_context import OperatorContext
 from relay.cli.output import Progress, emit, say, table
-from relay.core.errors import ConfigError, RelayError
+from relay.core.errors import RelayError
+from relay.stream.connection.connect import url_of
 from relay.stream.shards.clients import shard_clients
 from relay.stream.shards.server_list import store_list
 from relay.stream.upkeep.reshard import Reshard, Resharded
@@ -23,10 +24,8 @@ async def reshard(site: OperatorContext, options: argparse.Namespace) -> int:
         old = []
         if options.removed:
             settings = site.config.redis.model_copy(update={"url": options.removed})
-            try:
+            with url_of("--removed"):
                 old.append(await stack.enter_async_context(shard_clients(settings)))
-            except ConfigError as exc:
-                raise ConfigError(str(exc).replace("[redis] url", "--removed")) from None
         work = Reshard(site.clients, old, site.keys)
         await work.connect()
         if not options.dry_run and (living := await work.live()):

@@ -64,7 +64,7 @@ from relay.process.start_signals import STOP_SIGNALS, release_signals
 from relay.process.tracing import tracing
 from relay.stream.cluster.workers import check_schema
 from relay.stream.connection.cancellation import end_all
-from relay.stream.connection.connect import change_password
+from relay.stream.connection.connect import change_password, url_of
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.making import keys_of
@@ -187,7 +187,8 @@ class Relay:
             clients = operators = await stack.enter_async_context(shard_clients(redis))
             if url := config.console.redis_url.get_secret_value():
                 operator = redis.model_copy(update={"url": url, "password": SecretStr("")})
-                operators = await stack.enter_async_context(shard_clients(operator))
+                with url_of("[console] redis_url"):
+                    operators = await stack.enter_async_context(shard_clients(operator))
                 check_same_servers(clients, operators, "[console] redis_url")
             if not self._check_only:
                 check = _check_redis(clients, redis, config.namespaces)

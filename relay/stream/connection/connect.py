@@ -276,8 +276,15 @@ def cluster_seeds(settings: RedisSettings) -> tuple[RedisEndpoint, ...]:
 
 def check(settings: RedisSettings, setting: str) -> None:
     """Raise the ConfigError that `discover` would raise, with the name of the URL's setting."""
-    try:
+    with url_of(setting):
         _parse_server(settings)
+
+
+@contextmanager
+def url_of(setting: str) -> Iterator[None]:
+    """Replace the name of the setting in a ConfigError about a URL that is in another setting."""
+    try:
+        yield
     except ConfigError as exc:
         raise ConfigError(str(exc).replace("[redis] url", setting)) from None
 

@@ -37,6 +37,10 @@ _SECRET = re.compile(r"(secret|key|\w*password|\w*_token) = \S")
             ["redis.url=redis://a, redis://b", "console.redis_url=redis://u:p@a"],
             "[console] redis_url: must name the same servers as [redis] url",
         ),
+        (
+            ["redis.url=redis://a, redis://b", "console.redis_url=redis://a, redis://a"],
+            "[console] redis_url: the list contains a:6379/0 twice",
+        ),
         (["producer:spool.path=/no/such/spool"], "[producer:spool] path"),
         (["producer:socketio_emitter.redis_url=redis://h:p/0"], "emitter] redis_url: address"),
         (["redis.tls_ca=/no/such.pem", "redis.url=rediss://localhost/0"], "[redis] tls_ca"),
