@@ -107,10 +107,10 @@ def defer_if_away(
     not_reading: NotReading, clock: RedisClock, session: Session, channel: Channel
 ) -> None:
     """Defer a subscription that is not confirmed to the client, if its server cannot be read."""
-    subscription = session.subscriptions.get(channel)
-    if subscription is not None and not_reading([channel]):
-        subscription.defer(_now(clock))
+    if not_reading([channel]):
+        session.defer(channel, _now(clock))
 
 
 def _now(clock: RedisClock) -> EntryID:
-    return EntryID(max(0, int(clock.now_ms()) - _CLOCKS_MS), 0)
+    # In whole seconds, because each position of a client is looked up in the stream.
+    return EntryID(max(0, int(clock.now()) * 1000 - _CLOCKS_MS), 0)

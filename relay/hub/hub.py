@@ -161,11 +161,16 @@ class Hub:
         self._check_new(session, channel)
         session.reserved[channel] = None
 
-    def unreserve(self, session: Session, channel: Channel) -> bool:
-        """End the wait. Return False if the client has unsubscribed or disconnected meanwhile."""
-        wanted = channel in session.reserved
-        session.reserved.pop(channel, None)
-        return wanted
+    def subscribe_reserved(
+        self, session: Session, channel: Channel, start: Position | None
+    ) -> None:
+        """End the wait and subscribe, unless the client has unsubscribed or disconnected."""
+        if channel not in session.reserved:
+            return
+        deferred = session.reserved.pop(channel)
+        self.subscribe(session, channel, start)
+        if deferred is not None:
+            session.defer(channel, deferred)
 
     @staticmethod
     def _check_new(session: Session, channel: Channel) -> None:

@@ -369,9 +369,9 @@ class Session:
         self.encoder = encoder
         self.client = client
         self.subscriptions: dict[Channel, Subscription] = {}
-        # Channels whose rights are being requested. They are not subscriptions yet. A set would
-        # take 152 bytes more, and almost always it is empty.
-        self.reserved: dict[Channel, None] = {}
+        # Channels whose rights are being requested, and the argument of `defer`. They are not
+        # subscriptions yet.
+        self.reserved: dict[Channel, EntryID | None] = {}
         self.paused = True
         self.closed = False
         # Describes the client's connection.
@@ -439,6 +439,16 @@ class Session:
         """Yield the position of each subscription, with `channel` at `position`."""
         for name, subscription in self.subscriptions.items():
             yield name, position if name == channel else subscription.position
+
+    def defer(self, channel: Channel, now: EntryID) -> None:
+        """Let a subscription begin now, even if it waits for the rights, see `Subscription.defer`.
+
+        Do nothing if there is none.
+        """
+        if (subscription := self.subscriptions.get(channel)) is not None:
+            subscription.defer(now)
+        elif channel in self.reserved:
+            self.reserved[channel] = now
 
     def refuse(self, channel: Channel, error: RelayError, rule: str = "") -> None:
         """Remove a subscription that was rejected, and report the reason."""

@@ -112,8 +112,7 @@ class Admission:
         if http is not None:
             await http.ask(session.principal, channel)
             self._rights.renew_later(session.principal, channel)
-        if self._hub.unreserve(session, channel):
-            self._hub.subscribe(session, channel, start)
+        self._hub.subscribe_reserved(session, channel, start)
 
     def renew(self) -> None:
         """End clients whose credential has expired, and request expired answers again."""

@@ -9,13 +9,15 @@ from typing import Any, cast
 import pytest
 
 from relay.config.settings import NamespaceSettings
+from relay.core.clock import RedisClock
 from relay.core.metrics import Metrics
-from relay.core.model import Broken, Channel, EntryID, Principal
+from relay.core.model import Broken, Channel, EntryID, Position, Principal
+from relay.doorkit.first_subscriptions import defer_if_away
 from relay.process.admission import Admission, ReadRights
 from relay.process.incoming import DEAD_LETTERS_WAITING, Incoming
 from relay.rights.http import HttpRights
 from relay.rights.policy import Policy
-from tests.support.hub import Reads, Words, examine, join, make_hub
+from tests.support.hub import Client, Reads, Words, examine, join, make_hub
 
 CHANNEL = Channel("app:a")
 BOB = Principal(user="bob")
@@ -111,3 +113,28 @@ async def test_an_answer_that_expired_while_a_client_waited_is_requested_again(
         assert examine(hub, CHANNEL).mark
     word = "subscribed app:a" if is_allowed else "refused app:a: Forbidden"
     assert client.told == [word]
+
+
+async def test_a_client_that_waits_for_the_application_is_deferred_as_well() -> None:
+    policy = Policy(lambda _: NamespaceSettings(rights="http"), cast(HttpRights, Answers(None)))
+    hub = make_hub(Reads())
+    hub.rights = rights = ReadRights(policy)
+    positions = set()
+    async with asyncio.TaskGroup() as tasks:
+
+        def spawn(work: Coroutine[Any, Any, None], name: str) -> None:
+            tasks.create_task(work, name=name)
+
+        admission = Admission(rights=rights, hub=hub, spawn=spawn)
+        clock = RedisClock(monotonic=iter((0.0, 1000.001, 1000.999)).__next__, wall=lambda: 0.0)
+        sessions = [hub.open(BOB, Words(), Client()) for _ in range(2)]
+        for session in sessions:
+            admission.subscribe(session, CHANNEL, None)
+            assert not session.subscriptions
+            defer_if_away(lambda _: "the server is away", clock, session, CHANNEL)
+    for session in sessions:
+        subscription = session.subscriptions[CHANNEL]
+        assert subscription.is_deferred
+        positions.add(subscription.start)
+    # Each different position costs a command.
+    assert positions == {Position(EntryID(999_000, 0))}
