@@ -21,6 +21,9 @@ def cancellation_kept() -> Iterator[None]:
       at the moment of the cancellation.
     - A task that is cancelled while it awaits another one gets that one's error instead, if that
       one fails while it is being cancelled.
+
+    Don't use a TaskGroup in the block: one that fails leaves its task cancelled in Python 3.11, and
+    the block then raises CancelledError although its task was not cancelled.
     """
     task = asyncio.current_task()
     before = 0 if task is None else task.cancelling()
