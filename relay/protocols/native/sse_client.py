@@ -54,7 +54,7 @@ class SseClient(Client):
 
     @override
     def refused(self, channel: Channel, error: RelayError) -> None:
-        if self._first is not None:
+        if self._first is not None and self._first.is_waiting:
             self._first.fail(SubscriptionRejected(channel, error))
         elif isinstance(error, ClientError | Unavailable):
             # The subscription was deferred. The response to the client's next request is an error.

@@ -346,7 +346,7 @@ class SocketClient(Client):
         self.rooms.lost(channel)
         if isinstance(error, Forbidden):
             self._refused.add(channel)
-        if self._first is None:
+        if self._first is None or not self._first.is_waiting:
             if not self.rooms.joined:
                 self.server_disconnect()
             return

@@ -15,7 +15,9 @@ from relay.doorkit.first_subscriptions import FirstSubscriptions
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.rate_limit import RateLimit
 from relay.hub.session import Session
-from tests.support.hub import Reads, Words, join, make_hub
+from relay.protocols.native.settings import NativeSettings
+from relay.protocols.native.sse_client import SseClient
+from tests.support.hub import Reads, Words, examine, join, make_hub
 
 NEWS, SPORT = Channel("news"), Channel("sport")
 
@@ -109,6 +111,25 @@ async def test_channels_that_cannot_be_read_are_not_waited_for() -> None:
     first.expect([NEWS, SPORT])
     await first.wait(session, needs_one=False)
     assert set(first.away) == {NEWS, SPORT}
+
+
+async def test_a_deferred_channel_that_is_rejected_before_the_response_ends_the_stream() -> None:
+    away = {SPORT}
+    first = FirstSubscriptions(
+        lambda channels: ", ".join(each for each in channels if each in away), RedisClock()
+    )
+    first.expect([NEWS, SPORT])
+    client = SseClient(first, NativeSettings())
+    hub = make_hub(Reads())
+    session = client.session = hub.open(Principal(user="ann"), Words(), client)
+    for channel in (NEWS, SPORT):
+        hub.subscribe(session, channel, None)
+    examine(hub, NEWS)
+    await first.wait(session)
+    assert first.away
+    # The server is read again before the request continues.
+    examine(hub, SPORT, ann=b"-")
+    assert session.closed
 
 
 async def _error(first: FirstSubscriptions, session: Session) -> str:
