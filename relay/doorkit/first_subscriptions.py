@@ -7,7 +7,9 @@ them. These subscriptions are *deferred*: the hub accepts them as soon as their 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from relay.core.errors import Unavailable
@@ -18,7 +20,12 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.hub.session import Session
 
+_log = logging.getLogger(__name__)
+
 _DECISION_S = 10.0
+# Interval between log lines about the same problem. Only so many problems are told apart.
+_LOG_S = 60.0
+_PROBLEMS = 100
 # Interval between checks whether a server has become unreachable.
 _LOOK_S = 0.25
 # The clocks of the servers may differ by this much.
@@ -93,6 +100,40 @@ class FirstSubscriptions:
                 subscription.defer(_now(self._clock))
                 self.away[channel] = problem
                 self.decide(channel)
+
+
+class DeferredLog:
+    """Logs that clients were connected without some of their channels.
+
+    For protocols that have no message for it. All clients of a worker share one object.
+    """
+
+    def __init__(self, clients: str) -> None:
+        """`clients` names the protocol's clients."""
+        self._clients = clients
+        # By problem: the time of the last line, and the channels that were deferred since then.
+        self._reported: dict[str, tuple[float, int]] = {}
+
+    def report(self, away: Mapping[Channel, str]) -> None:
+        """Log each problem at most once a minute, with the number of channels."""
+        now = time.monotonic()
+        for channel, problem in away.items():
+            at, count = self._reported.get(problem, (None, 0))
+            count += 1
+            if at is not None and now < at + _LOG_S:
+                self._reported[problem] = at, count
+                continue
+            if len(self._reported) >= _PROBLEMS:
+                self._reported.clear()
+            self._reported[problem] = now, 0
+            _log.warning(
+                "Connected %s clients without %d of their channels, the last one is %s (%s); their"
+                " events follow when the server is read again",
+                self._clients,
+                count,
+                channel,
+                problem,
+            )
 
 
 def problems(not_reading: NotReading, channels: Iterable[Channel]) -> dict[Channel, str]:

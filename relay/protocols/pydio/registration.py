@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
     from relay.core.clock import RedisClock
     from relay.core.model import Channel, Position
+    from relay.doorkit.first_subscriptions import DeferredLog
     from relay.hub.recovery import Notice
     from relay.hub.session import Encoder, Session, Subscription
     from relay.protocols.pydio.accounts import Account
@@ -52,6 +53,7 @@ class BrowserServices:
     # As in `DoorContext`.
     not_reading: Callable[[Sequence[Channel]], str]
     clock: RedisClock
+    deferred: DeferredLog
 
 
 class Registration(Client, AccountMember):

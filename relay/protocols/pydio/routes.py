@@ -13,6 +13,7 @@ from typing_extensions import override
 from relay.core.errors import ClientError, Unauthorized, Unavailable
 from relay.core.reasons import Reason
 from relay.doorkit.contract import FrontDoor, Listener, Mounted
+from relay.doorkit.first_subscriptions import DeferredLog
 from relay.doorkit.http_status import status_of
 from relay.doorkit.open_connections import OpenConnections
 from relay.protocols.pydio import codec
@@ -62,6 +63,7 @@ class MountedPydio(Mounted):
             loop=loop,
             not_reading=context.not_reading,
             clock=context.clock,
+            deferred=DeferredLog("Pydio"),
         )
         self._npm = NpmService(
             context,

@@ -11,7 +11,6 @@ once all subscriptions are confirmed, so that CONNECT is sent before the first e
 from __future__ import annotations
 
 import asyncio
-import logging
 import secrets
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,7 +28,12 @@ from relay.core.errors import (
 )
 from relay.core.model import Channel, EntryID, Position, Principal
 from relay.core.reasons import Reason
-from relay.doorkit.first_subscriptions import FirstSubscriptions, defer_if_away, problems
+from relay.doorkit.first_subscriptions import (
+    DeferredLog,
+    FirstSubscriptions,
+    defer_if_away,
+    problems,
+)
 from relay.doorkit.recoverable_sessions import SavedSession, new_pid
 from relay.hub.recovery import Notice
 from relay.hub.session import Client
@@ -49,8 +53,6 @@ if TYPE_CHECKING:
     from relay.transports.engineio.engine import Engine
     from relay.transports.socket.exchange import HttpRequest
 
-_log = logging.getLogger(__name__)
-
 _GOODBYE_S = 1.0
 # Time in which a client must join the namespace: Socket.IO's `connectTimeout`.
 _JOIN_S = 45.0
@@ -67,6 +69,7 @@ class ClientOwner(Protocol):
     origins: AllowedOrigins
     sessions: RecoverableSessions[RoomIds]
     clients: EngineIoClients[SocketClient]
+    deferred: DeferredLog
 
     def encoder(self, version: int, *, recovers: bool) -> Encoder:
         """Return the encoder for clients of this Engine.IO version. `recovers` is True if the
@@ -233,15 +236,7 @@ class SocketClient(Client):
             await first.wait(session)
         finally:
             self._first = None
-        for channel, problem in first.away.items():
-            # The protocol has no message for this.
-            _log.warning(
-                "Connected Socket.IO client %s without channel %s (%s); its events follow when the"
-                " server is read again",
-                self.sid,
-                channel,
-                problem,
-            )
+        door.deferred.report(first.away)
 
     async def _begin(self, record: SavedSession[RoomIds] | None) -> None:
         door, session = self._door, self.session

@@ -13,6 +13,7 @@ from relay.core.model import Channel
 from relay.core.slices import for_each
 from relay.doorkit.contract import FrontDoor, Mounted
 from relay.doorkit.engineio_clients import EngineIoClients
+from relay.doorkit.first_subscriptions import DeferredLog
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.origins import AllowedOrigins, any_origin
 from relay.doorkit.recoverable_sessions import RecoverableSessions
@@ -48,6 +49,7 @@ class MountedSocketIo(Mounted):
         self.sessions: RecoverableSessions[RoomIds] = RecoverableSessions(
             context, "socketio", settings.recovery_s, read_rooms
         )
+        self.deferred = DeferredLog("Socket.IO")
         self.clients = EngineIoClients(
             context,
             timing=settings.timing(),

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Gauge
 from relay.core.clock import RedisClock
 from relay.core.errors import Unavailable
 from relay.core.model import Channel, Principal
-from relay.doorkit.first_subscriptions import FirstSubscriptions
+from relay.doorkit.first_subscriptions import DeferredLog, FirstSubscriptions
 from relay.doorkit.open_connections import OpenConnections
 from relay.doorkit.rate_limit import RateLimit
 from relay.hub.session import Session
@@ -111,6 +111,17 @@ async def test_channels_that_cannot_be_read_are_not_waited_for() -> None:
     first.expect([NEWS, SPORT])
     await first.wait(session, needs_one=False)
     assert set(first.away) == {NEWS, SPORT}
+
+
+def test_many_clients_without_a_channel_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+    log = DeferredLog("Socket.IO")
+    for number in range(1000):
+        log.report({Channel(f"axr:{number}"): "Redis at one cannot be read"})
+    log.report({SPORT: "Redis at two cannot be read"})
+    lines = [record.getMessage() for record in caplog.records]
+    assert ["without 1 of their channels" in line for line in lines] == [True, True]
+    assert "axr:0 (Redis at one cannot be read)" in lines[0]
+    assert "sport (Redis at two cannot be read)" in lines[1]
 
 
 async def test_a_deferred_channel_that_is_rejected_before_the_response_ends_the_stream() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
     from relay.protocols.pydio.npm.encoders import NpmEncoder
     from relay.protocols.pydio.registration import BrowserServices
     from relay.transports.socketio.connection import Acknowledge
-
-
-_log = logging.getLogger(__name__)
 
 
 class BrowserConnection(Protocol):
@@ -72,15 +68,7 @@ class NpmBrowser(Registration):
         if (session := self.session) is not None:
             # A browser without broadcasts can still register for a workspace.
             await self._first.wait(session, needs_one=False)
-        for channel, problem in self._first.away.items():
-            # The protocol has no message for this. The page reads its folder later.
-            _log.warning(
-                "Connected a Pydio client of %s without channel %s (%s); its events follow when the"
-                " server is read again",
-                self.account.identity.user,
-                channel,
-                problem,
-            )
+        self._services.deferred.report(self._first.away)
 
     def request(self, repository: str | None, acknowledge: Acknowledge | None) -> None:
         """Register for a workspace, or unregister if it is None."""
