@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from relay.config.loading import Config, load
 from relay.process.doctor.examination import examine
 from relay.process.doctor.finding import Finding, Level
 from relay.protocols import door_settings
+from relay.stream.cluster.workers import WorkerHeartbeat, describe_this_worker
 from relay.stream.connection.connect import command, redis_client
 from relay.stream.format.keys import Keys
 from relay.stream.shards.clients import shard_clients
@@ -214,6 +216,19 @@ async def test_streams_without_retention_orphaned_groups_and_queues(healthy: Ser
         fix = f"redis-cli XGROUP DESTROY {key} 'relay:web9_8000:b7e2d604'"
         assert fix in found["data.orphaned_groups"].fix
     assert found["data.queue"].fix == "[producer:queue]\nenabled = yes"
+
+
+async def test_a_worker_of_an_incompatible_version(healthy: Server) -> None:
+    config = configured(healthy)
+    keys = Keys(config.redis.prefix)
+    newer = replace(
+        describe_this_worker("other", "other:5f0c9a31", "9.0"), schema=99, compatible_since=99
+    )
+    async with redis_client(config.redis) as client:
+        await WorkerHeartbeat(client=client, keys=keys, worker=newer).beat()
+    found = (await findings(config))["data.incompatible_worker"]
+    assert found.level is Level.ERROR
+    assert "worker other:5f0c9a31 (relay 9.0)" in found.what
 
 
 async def test_a_configuration_that_serve_rejects(healthy: Server) -> None:

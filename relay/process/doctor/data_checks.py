@@ -1,4 +1,4 @@
-"""Check the data in Redis: misnamed and foreign keys, retention, orphaned groups, queues.
+"""Check the data in Redis: versions of workers, misnamed keys, retention, orphaned groups, queues.
 
 Keys are scanned in batches, as `relay streams` does, so that Redis can serve others meanwhile.
 """
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from producers.settings import QueueSettings
 from relay.core.errors import RelayError
 from relay.process.doctor.finding import Finding, error, note, quoted, warning
+from relay.stream.cluster.schema import conflict
 from relay.stream.cluster.workers import live_workers
 from relay.stream.connection import connect
 from relay.stream.shards.server_errors import ServerErrors
@@ -50,7 +51,7 @@ async def check(
     """Return what is wrong with the data of all servers except those in `errors`."""
     found: list[Finding] = []
     problems = errors.lines()
-    for look in (_keys, _streams, _queues):
+    for look in (_workers, _keys, _streams, _queues):
         # A server that lacks a right for one check is still used for the next one.
         own = errors.copy()
         try:
@@ -68,6 +69,28 @@ async def check(
             )
         )
     return found
+
+
+async def _workers(
+    _config: Config, clients: ShardClients, keys: Keys, errors: ServerErrors
+) -> list[Finding]:
+    """Find a worker beside which this version must not run."""
+    home, problem = clients.shards.home, ""
+    if home not in errors:
+        with errors.collect(home):
+            problem = conflict(await live_workers(clients.home, keys))
+    if not problem:
+        return []
+    return [
+        error(
+            "data.incompatible_worker",
+            f"Incompatible versions: {problem}",
+            "One of the versions cannot read what the other one writes to Redis, so events may be"
+            " lost. relay does not start beside such a worker.",
+            "List the versions: relay workers --json; see 'Two versions on one Redis' in"
+            " docs/workers.md",
+        )
+    ]
 
 
 async def _keys(
