@@ -473,7 +473,8 @@ class Relay:
         )
 
     def _sockets(self, parts: Parts) -> list[InheritedSocket]:
-        self._has_sent_sockets = True
+        # While a restarted worker starts, it has no sockets yet.
+        self._has_sent_sockets = self._has_started.is_set()
         # A port that the system has chosen is different for each worker and each start.
         internal = [
             InheritedSocket(socket.socket(fileno=os.dup(each.fileno())))
