@@ -205,12 +205,12 @@ class AppendCommands:
             return self._once(channel, stream, uid_key, words, durability)
         return Append(("XADD", stream, *words), None, durability, stream)
 
-    def build_once(self, channel: Channel, fields: Sequence[bytes], mark: bytes) -> Append:
-        """Return the append of an entry that has the key `mark` in place of a uid."""
+    def build_once(self, channel: Channel, fields: Sequence[bytes], key: bytes) -> Append:
+        """Return the append of an entry that has this key in place of the key of a uid."""
         rules = self._namespace_of(channel)
         wanted = Durability.parse(rules.durability)
         stream = self._keys.stream(channel)
-        return self._once(channel, stream, mark, _words(rules, fields), wanted)
+        return self._once(channel, stream, key, _words(rules, fields), wanted)
 
     def _once(
         self,
