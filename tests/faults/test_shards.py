@@ -216,6 +216,7 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
         ):
             seen = commit(away, far_library, "seen").decode()
             commit(away, far_library, "missed")
+            near_seen = commit(here, near_library, "seen").decode()
             one, two = await clients.sse(near), await clients.sse(far)
             redis(away, "XADD", stream_key(far), "*", "data", "1")
             assert (await two.next()).data == "1"
@@ -255,8 +256,7 @@ async def test_a_server_that_is_away_affects_only_its_channels(tmp_path: Path) -
             assert (await player.event())[0] == "near"
             syncing = await site.connect()
             await syncing.subscribe(far_library, after=seen)
-            await syncing.subscribe(near_library)
-            await syncing.settle()
+            await syncing.subscribe(near_library, after=near_seen)
             commit(here, near_library, "near")
             assert (await syncing.next())["content"]["commit_id"] == "near"
             redis(here, "XADD", stream_key(near), "*", "data", "2")
