@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 from producers.settings import QueueSettings
 from relay.core.errors import RelayError
 from relay.process.doctor.finding import Finding, error, note, quoted, warning
-from relay.stream.cluster.schema import conflict
-from relay.stream.cluster.workers import live_workers
+from relay.stream.cluster.workers import find_conflict, live_workers
 from relay.stream.connection import connect
 from relay.stream.shards.server_errors import ServerErrors
 from relay.stream.upkeep import dead_letter_list, overview, retention
@@ -78,7 +77,7 @@ async def _workers(
     home, problem = clients.shards.home, ""
     if home not in errors:
         with errors.collect(home):
-            problem = conflict(await live_workers(clients.home, keys))
+            problem = await find_conflict(clients.home, keys)
     if not problem:
         return []
     return [

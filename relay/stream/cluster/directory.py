@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 
 from relay.core.errors import WorkerUnreachable
 from relay.stream.cluster.schema import conflict
-from relay.stream.cluster.workers import DeadWorkerDetector, parse_heartbeat
+from relay.stream.cluster.workers import DeadWorkerDetector, parse_heartbeat, read_schemas
 from relay.stream.connection import connect
 
 if TYPE_CHECKING:
@@ -56,16 +56,14 @@ class WorkerDirectory:
     async def _refresh(self) -> None:
         registry = await self._detector.read()
         before, self._workers = self._workers, {}
-        found = []
         for instance, beat in registry.items():
             worker = instance.rpartition(":")[2]
             info = None if beat is None else parse_heartbeat(instance, beat)
             # Without a heartbeat, a worker is not dead yet. Its heartbeat has also expired after a
             # freeze, or after an outage of Redis.
             known = before.get(worker, (instance, ""))
-            found += [info] if info else []
             self._workers[worker] = known if info is None else (instance, info.internal)
-        self._on_conflict(conflict(found))
+        self._on_conflict(conflict(read_schemas(registry)))
         self._read_at = asyncio.get_running_loop().time()
         for instance in self._detector.dead(registry):
             self._deaths.report(instance)

@@ -96,8 +96,19 @@ class WorkerLoad:
     memory_bytes: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSchema:
+    """The fields of a heartbeat that decide whether two versions may share one Redis."""
+
+    instance: str
+    version: str
+    schema: int = 0
+    compatible_since: int | None = None
+
+
 # Heartbeats of a newer version may have more fields, which are ignored.
 _HEARTBEAT = TypeAdapter(WorkerInfo)
+_SCHEMA = TypeAdapter(WorkerSchema)
 
 
 def describe_this_worker(name: str, instance: str, version: str) -> WorkerInfo:
@@ -229,11 +240,29 @@ async def check_schema(client: RedisClient, keys: Keys) -> None:
     Ignore other errors: the check is repeated with each heartbeat.
     """
     try:
-        problem = conflict(await live_workers(client, keys))
+        problem = await find_conflict(client, keys)
     except RelayError:
         return
     if problem:
         raise StartError(problem)
+
+
+async def find_conflict(client: RedisClient, keys: Keys) -> str:
+    """Return why this version must not run beside the present workers, or ''."""
+    return conflict(read_schemas(await _registry(client, keys)))
+
+
+def read_schemas(registry: Mapping[str, bytes | None]) -> list[WorkerSchema]:
+    """Return the schemas of these heartbeats, also if other fields of a heartbeat are unreadable.
+
+    An incompatible version may write these differently.
+    """
+    found = []
+    for beat in registry.values():
+        with contextlib.suppress(ValidationError):
+            if beat is not None:
+                found.append(_SCHEMA.validate_json(beat, strict=True))
+    return found
 
 
 def parse_heartbeat(instance: str, beat: bytes) -> WorkerInfo | None:
