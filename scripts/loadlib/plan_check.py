@@ -27,9 +27,12 @@ from scripts.loadlib.websocket import WebSocket
 
 # One channel with many followers, and many channels with one follower each.
 _CASES = (
-    Traffic(name="one channel, 200 clients", events_per_s=50, followers=200),
-    Traffic(name="200 channels, one client each", events_per_s=200, followers=1),
+    Traffic(name="one channel, 200 clients", events_per_s=250, followers=200),
+    Traffic(name="200 channels, one client each", events_per_s=2000, followers=1),
 )
+# A server that is nearly idle wakes up for each event, which takes three to five times as long as the
+# costs of the plan, which is for busy servers. So Redis is compared from this rate on.
+_BUSY_REDIS_PER_S = 1000
 _CLIENTS = 200
 _CONNECTING = 100
 _NEWCOMERS = 1000
@@ -117,14 +120,14 @@ class PlanCheck:
                 client.close()
         computed = relay_us_per_s([case], 1, costs), redis_us_per_s([case], 1, costs)
         per_event = [1e6 * used / took_s / case.events_per_s for used in (relay_s, redis_s)]
-        names = "relay", "Redis"
+        names = ["relay", "Redis"] if case.events_per_s >= _BUSY_REDIS_PER_S else ["relay"]
         return [
             {
                 "case": f"{case.name}: {name}, us per event",
                 "computed": (value + 1e6 * costs.base_share) / case.events_per_s,
                 "measured": found,
             }
-            for name, value, found in zip(names, computed, per_event, strict=True)
+            for name, value, found in zip(names, computed, per_event, strict=False)
         ]
 
     async def _newcomers(self, folder: Path, costs: Costs) -> list[dict[str, Any]]:
@@ -132,12 +135,13 @@ class PlanCheck:
         place = folder / "newcomers"
         place.mkdir()
         async with server("relay", place, self.cores, self.relay) as running:
-            warm = await _connect(running, ["new"], _CONNECTING, _ignore)
+            channels = [f"new{number}" for number in range(_NEWCOMERS)]
+            warm = await _connect(running, channels[:_CONNECTING], _CONNECTING, _ignore)
             empty_kb = running.process.rss_kb()
             clients: list[WebSocket] = []
 
             async def connect() -> None:
-                clients.extend(await _connect(running, ["new"], _NEWCOMERS, _ignore))
+                clients.extend(await _connect(running, channels, _NEWCOMERS, _ignore))
 
             relay_s, redis_s, _ = await _used(running, connect)
             full_kb = await running.process.settled_rss_kb()
