@@ -30,8 +30,8 @@ _CASES = (
     Traffic(name="one channel, 200 clients", events_per_s=250, followers=200),
     Traffic(name="200 channels, one client each", events_per_s=2000, followers=1),
 )
-# A server that is nearly idle wakes up for each event, which takes three to five times as long as the
-# costs of the plan, which is for busy servers. So Redis is compared from this rate on.
+# A server that is nearly idle wakes up for each event, which takes three to five times as long as
+# the costs of the plan, which is for busy servers. So Redis is compared from this rate on.
 _BUSY_REDIS_PER_S = 1000
 _CLIENTS = 200
 _CONNECTING = 100
