@@ -165,7 +165,9 @@ async def test_serve_logs_the_faults_of_each_server(
     with caplog.at_level(logging.INFO):
         await log_faults(site.config, site.clients)
     (line,) = [each.getMessage() for each in caplog.records if each.levelno == logging.INFO]
-    assert line == f"Redis at {home.name} has weaknesses (redis.maxmemory): run relay doctor"
+    # Redis 7.0 has the weakness redis.version, too.
+    assert line.startswith(f"Redis at {home.name} has weaknesses (")
+    assert line.endswith("redis.maxmemory): run relay doctor")
 
 
 def request(site: Site, query: str) -> ApiRequest:

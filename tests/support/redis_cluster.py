@@ -31,7 +31,10 @@ class ClusterNode(Server):
 
     @override
     def client(self, user: User = "admin") -> redis.Redis:
-        return redis.Redis.from_url(super().url(user), driver_info=None, protocol=3)
+        # A primary does not reply to writes during a planned failover, which may take 10 s.
+        return redis.Redis.from_url(
+            super().url(user), driver_info=None, protocol=3, socket_timeout=30
+        )
 
 
 class RedisCluster:
