@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.npm import environment, node
-from tests.support.topologies import chosen
 from tests.support.sockjs_sites import workers
+from tests.support.topologies import chosen
 from tests.support.valkey import Server, free_port
 
 pytestmark = pytest.mark.redis
