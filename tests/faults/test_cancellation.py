@@ -18,25 +18,21 @@ from relay.config.settings import (
     StreamSettings,
 )
 from relay.core.errors import RelayError
-from relay.core.metrics import Metrics
 from relay.core.model import Channel
 from relay.process.jobs import JobScheduler, PeriodicJob
 from relay.stream.connection.connect import command, discover, redis_client, servers_of
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.connection.primary import Primaries
-from relay.stream.format import entry
 from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
-from relay.stream.read.reader import StreamReader
 from relay.stream.read.shard_readers import ShardReaders
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.links import ShardLinks
 from relay.stream.shards.making import keys_of
-from relay.stream.shards.shard import Shard
 from relay.stream.upkeep.retention import trim
-from relay.stream.upkeep.unused import UnusedStreams
 from relay.stream.write.appender import Appender
 from tests.support.redis_cluster import RedisCluster, running_cluster
+from tests.support.stream_reader import stream_reader
 from tests.support.valkey import SentinelServer, Server, running
 
 Work = Callable[[], Coroutine[object, object, object]]
@@ -67,25 +63,12 @@ def loops(settings: RedisSettings, clients: ShardClients, keys: Keys) -> dict[st
     """Return a function for each long-running task that begins it."""
     shards = clients.shards
 
-    def reader(shard: Shard) -> StreamReader:
-        stream = StreamSettings()
-        return StreamReader(
-            keys=keys,
-            instance="one",
-            shard=shard,
-            settings=stream,
-            metrics=Metrics(),
-            decode=partial(entry.decode, max_bytes=stream.max_entry_bytes),
-            on_turn=lambda: None,
-            decode_ephemeral=lambda _channel, _payload: None,
-            control=None,
-            unused=UnusedStreams(clients, keys),
-        )
+    make = partial(stream_reader, clients, keys, StreamSettings())
 
     async def read() -> None:
         control = ControlReader(keys, lambda _: None, lambda: None)
         await ShardReaders(
-            shards=shards, keys=keys, control=control, primaries=Primaries(), make=reader
+            shards=shards, keys=keys, control=control, primaries=Primaries(), make=make
         ).run()
 
     async def append() -> None:

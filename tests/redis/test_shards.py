@@ -27,7 +27,6 @@ from relay.config.loading import load
 from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings, StreamSettings
 from relay.core.durability import Durability
 from relay.core.errors import NotDurable, RedisUnavailable, StartError
-from relay.core.metrics import Metrics
 from relay.core.model import Channel, EntryID
 from relay.stream.connection.connect import command
 from relay.stream.connection.pipeline_connection import PipelineConnection, connected
@@ -38,7 +37,6 @@ from relay.stream.format.keys import Keys
 from relay.stream.read.control_reader import ControlReader
 from relay.stream.read.groups import create_marker
 from relay.stream.read.history import History
-from relay.stream.read.reader import StreamReader
 from relay.stream.read.shard_readers import ShardReaders
 from relay.stream.shards.clients import ShardClients, shard_clients
 from relay.stream.shards.cluster_map import ClusterMap
@@ -49,11 +47,12 @@ from relay.stream.shards.server_list import check_list
 from relay.stream.shards.shard import SLOTS, Shard, ShardMap, is_misplaced, slot_of
 from relay.stream.upkeep.dead_workers import DeadWorkersJob
 from relay.stream.upkeep.retention import trim
-from relay.stream.upkeep.unused import UnusedStreams, UnusedStreamsJob
+from relay.stream.upkeep.unused import UnusedStreamsJob
 from relay.stream.write.append import AppendCommands, send, send_one
 from relay.stream.write.appender import Appender
 from tests.support.clients import until, within
 from tests.support.redis_cluster import RedisCluster, running_cluster
+from tests.support.stream_reader import stream_reader
 from tests.support.valkey import Flavour, Server, free_port, running
 
 NEWS = Channel("news")
@@ -620,7 +619,7 @@ async def test_a_cluster_without_client_tracking_is_not_read(
                 keys=keys_of(settings),
                 control=ControlReader(keys_of(settings), lambda _: None, lambda: None),
                 primaries=Primaries(),
-                make=partial(_reader, clients, keys_of(settings), stream),
+                make=partial(stream_reader, clients, keys_of(settings), stream),
             )
             reading = tasks.create_task(readers.run())
             await until(lambda: cause in readers.problem(), 20)  # noqa: B023
@@ -641,7 +640,7 @@ async def test_slots_without_a_server_are_named(cluster: RedisCluster) -> None:
             keys=keys,
             control=ControlReader(keys, lambda _: None, lambda: None),
             primaries=Primaries(),
-            make=partial(_reader, clients, keys, StreamSettings()),
+            make=partial(stream_reader, clients, keys, StreamSettings()),
         )
         reading = tasks.create_task(readers.run())
         await readers.wait_ready()
@@ -663,23 +662,6 @@ async def test_slots_without_a_server_are_named(cluster: RedisCluster) -> None:
             while readers.problem([NEWS]):
                 await asyncio.sleep(0.02)
         reading.cancel()
-
-
-def _reader(
-    clients: ShardClients, keys: Keys, settings: StreamSettings, shard: Shard
-) -> StreamReader:
-    return StreamReader(
-        keys=keys,
-        instance="one",
-        shard=shard,
-        settings=settings,
-        metrics=Metrics(),
-        decode=partial(entry.decode, max_bytes=settings.max_entry_bytes),
-        on_turn=lambda: None,
-        decode_ephemeral=lambda _channel, _payload: None,
-        control=None,
-        unused=UnusedStreams(clients, keys),
-    )
 
 
 async def test_servers_without_slots_are_unavailable_until_they_have_them(tmp_path: Path) -> None:
