@@ -586,6 +586,25 @@ def test_large_bodies_share_the_turns_in_which_they_are_read(run: Run) -> None:
     run(main())
 
 
+async def most_per_turn(site: Site, total: int) -> int:
+    """Wait until so many requests have begun. Return how many have begun at most in one turn."""
+    most, begun = 0, site.begun
+    async with asyncio.timeout(30):
+        while begun < total:
+            await asyncio.sleep(0)
+            most, begun = max(most, site.begun - begun), site.begun
+    return most
+
+
+async def receive_answers(client: socket.socket, count: int) -> None:
+    """Receive so many answers, then close the socket, which does not block."""
+    received = b""
+    while received.count(b"HTTP/1.1 200 OK") < count:
+        async with asyncio.timeout(30):
+            received += await asyncio.get_running_loop().sock_recv(client, 65536)
+    client.close()
+
+
 def test_requests_that_arrive_at_once_are_spread_over_turns(run: Run) -> None:
     """Of all kinds: with a body, with a long head, and one behind another."""
     long_head = b"GET /ping HTTP/1.1\r\nHost: x\r\nX: " + b"x" * 20_000 + b"\r\n\r\n"
@@ -601,25 +620,15 @@ def test_requests_that_arrive_at_once_are_spread_over_turns(run: Run) -> None:
             ]
             while len(site.limits.heads) < len(clients):
                 await asyncio.sleep(0)
-            most, begun = 0, site.begun
             for number, each in enumerate(clients):
                 each.sendall(kinds[number % len(kinds)])
                 each.setblocking(False)
             # One has disconnected before its turn.
             clients[-1].close()
-            async with asyncio.timeout(30):
-                while begun < count * sum(answers) - 2:
-                    await asyncio.sleep(0)
-                    most, begun = max(most, site.begun - begun), site.begun
             # Those of one turn, and the second ones of the clients of another.
-            assert most <= 2 * 32
-            loop = asyncio.get_running_loop()
+            assert await most_per_turn(site, count * sum(answers) - 2) <= 2 * 32
             for number, each in enumerate(clients[:-1]):
-                received = b""
-                while received.count(b"HTTP/1.1 200 OK") < answers[number % len(kinds)]:
-                    async with asyncio.timeout(30):
-                        received += await loop.sock_recv(each, 65536)
-                each.close()
+                await receive_answers(each, answers[number % len(kinds)])
             assert not len(site.limits.pace)
 
     run(main())
@@ -638,20 +647,10 @@ def test_requests_behind_others_of_their_connections_are_spread_over_turns(run: 
                 each.setblocking(False)
             # This one disconnects while its second request waits.
             clients[-1].close()
-            most, begun = 0, site.begun
-            async with asyncio.timeout(30):
-                while begun < (count - 1) * behind:
-                    await asyncio.sleep(0)
-                    most, begun = max(most, site.begun - begun), site.begun
             # Those of one turn, in two different steps of aiohttp's handler.
-            assert most <= 2 * 32
-            loop = asyncio.get_running_loop()
+            assert await most_per_turn(site, (count - 1) * behind) <= 2 * 32
             for each in clients[:-1]:
-                received = b""
-                while received.count(b"HTTP/1.1 200 OK") < behind:
-                    async with asyncio.timeout(30):
-                        received += await loop.sock_recv(each, 65536)
-                each.close()
+                await receive_answers(each, behind)
             assert not len(site.limits.pace)
 
     run(main())
