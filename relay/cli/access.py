@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 from relay.cli.configured import configuration
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from relay.config.loading import Config
     from relay.config.settings import RedisSettings
     from relay.core.model import Channel, EntryID
+    from relay.stream.format.keys import Keys
+    from relay.stream.shards.clients import ShardClients
 
 
 def _token(options: argparse.Namespace) -> int:
@@ -65,28 +68,33 @@ def _emit(channel: Channel, user: str, entry_id: EntryID) -> None:
     emit({"channel": channel, "user": user, "id": str(entry_id)})
 
 
-async def revoke(redis: RedisSettings, channel: Channel, user: str) -> EntryID:
-    """Revoke the right to read a channel; return the ID of the last entry that is delivered."""
+@asynccontextmanager
+async def _clients(redis: RedisSettings) -> AsyncIterator[tuple[ShardClients, Keys]]:
+    """Open clients of the servers. Raise StartError if the site uses another list of servers."""
     from relay.stream.shards.clients import shard_clients
     from relay.stream.shards.making import keys_of
     from relay.stream.shards.server_list import compare_list
+
+    keys = keys_of(redis)
+    async with shard_clients(redis) as clients:
+        await compare_list(clients, keys)
+        yield clients, keys
+
+
+async def revoke(redis: RedisSettings, channel: Channel, user: str) -> EntryID:
+    """Revoke the right to read a channel; return the ID of the last entry that is delivered."""
     from relay.stream.write import revoke as revocations
 
-    async with shard_clients(redis) as clients:
-        await compare_list(clients, keys_of(redis))
-        return await revocations.revoke(clients, keys_of(redis), channel, user)
+    async with _clients(redis) as (clients, keys):
+        return await revocations.revoke(clients, keys, channel, user)
 
 
 async def grant(redis: RedisSettings, channel: Channel, user: str) -> EntryID | None:
     """Undo a revocation; return the ID of its entry, or None if the user was not revoked."""
-    from relay.stream.shards.clients import shard_clients
-    from relay.stream.shards.making import keys_of
-    from relay.stream.shards.server_list import compare_list
     from relay.stream.write import revoke as revocations
 
-    async with shard_clients(redis) as clients:
-        await compare_list(clients, keys_of(redis))
-        return await revocations.grant(clients, keys_of(redis), channel, user)
+    async with _clients(redis) as (clients, keys):
+        return await revocations.grant(clients, keys, channel, user)
 
 
 def _where(config: Config) -> str:
