@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _DECISION_S = 10.0
-# Interval between log lines about the same problem. Only so many problems are told apart.
+# Interval between log lines about the same problem, and the maximum number of problems that are
+# counted separately.
 _LOG_S = 60.0
 _PROBLEMS = 100
 # Interval between checks whether a server has become unreachable.
