@@ -311,11 +311,11 @@ class Relay:
             await self._wait_replacing(base, parts)
         number = self._worker.number if self._worker else None
         inherited = self._inheritance.sockets
-        parts.heartbeat.set_internal(
-            await open_internal(
-                parts.internal, base.config.node, base.clients.shards, number, inherited
-            )
+        address = await open_internal(
+            parts.internal, base.config.node, base.clients.shards, number, inherited
         )
+        # Now, because the first client's next request may reach a worker of another host.
+        await parts.heartbeat.publish_internal(address)
         port = await parts.server.start(base.config, self.listeners, number, inherited)
         if parts.listeners:
             # Do this before reporting to the supervisor that this worker is ready.

@@ -149,8 +149,7 @@ async def test_a_full_redis_does_not_hide_the_other_workers(
     instance = workers.new_instance("one")
     worker = workers.describe_this_worker("one", instance, "1.2")
     beat = workers.WorkerHeartbeat(client=client, keys=keys, worker=worker)
-    beat.set_internal("10.0.0.5:7400")
-    await beat.beat()
+    await beat.publish_internal("10.0.0.5:7400")
     before, after = directory(), directory()
     await before.refresh()
     assert len(before.key) == 32
@@ -174,6 +173,22 @@ async def test_a_full_redis_does_not_hide_the_other_workers(
     assert before.key == after.key == await admin.get(keys.internal_key)
 
 
+async def test_a_worker_that_has_just_opened_its_address_is_found(
+    client: Redis, keys: Keys
+) -> None:
+    instance, beat = heartbeat(client, keys, "one")
+    await beat.beat()
+    directory = WorkerDirectory(client=client, keys=keys, deaths=WorkerDeaths())
+    await directory.refresh()
+    # A heartbeat that has begun before does not replace the one with the address.
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(beat.beat())
+        tasks.create_task(beat.publish_internal("10.0.0.5:7400"))
+        tasks.create_task(beat.beat_unless_ready())
+    address = instance.rpartition(":")[2]
+    assert await directory.address_of(address) == ("10.0.0.5", 7400)
+
+
 async def test_workers_that_start_together_have_one_key(client: Redis, keys: Keys) -> None:
     made = [WorkerDirectory(client=client, keys=keys, deaths=WorkerDeaths()) for _ in range(8)]
     async with asyncio.TaskGroup() as tasks:
@@ -190,8 +205,7 @@ async def test_a_worker_whose_heartbeat_has_expired_is_not_dead_yet(
     instance = workers.new_instance("one")
     worker = workers.describe_this_worker("one", instance, "1.2")
     beat = workers.WorkerHeartbeat(client=client, keys=keys, worker=worker)
-    beat.set_internal("10.0.0.5:7400")
-    await beat.beat()
+    await beat.publish_internal("10.0.0.5:7400")
     await directory.refresh()
     # After an outage of Redis, or in a freeze of the worker, which still has its sessions.
     await admin.delete(keys.node(instance))

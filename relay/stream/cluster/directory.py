@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from relay.stream.connection.connect import RedisClient
     from relay.stream.format.keys import Keys
 
-# Requests for unknown workers read the list at most this often.
+# Requests for workers without a known address read the list at most this often.
 _FRESH_S = 0.1
 
 
@@ -91,12 +91,12 @@ class WorkerDirectory:
         Raise WorkerUnreachable if it is not dead and its internal address is unknown, and
         RelayError if Redis is needed and cannot be reached.
         """
-        if worker not in self._workers:
+        if not self._has_address(worker):
             requested_at = asyncio.get_running_loop().time()
             async with self._reading:
                 # One read answers all requests that waited for it.
-                if worker not in self._workers and self._read_at < requested_at:
-                    # It may have started since the list was read.
+                if not self._has_address(worker) and self._read_at < requested_at:
+                    # It may have started, or opened its address, since the list was read.
                     age_s = asyncio.get_running_loop().time() - self._read_at
                     await asyncio.sleep(_FRESH_S - age_s)
                     await self._refresh()
@@ -107,3 +107,6 @@ class WorkerDirectory:
         if not address.hostname or not address.port:
             raise WorkerUnreachable(f"worker {worker} has no internal address")
         return address.hostname, address.port
+
+    def _has_address(self, worker: str) -> bool:
+        return bool(self._workers.get(worker, ("", ""))[1])

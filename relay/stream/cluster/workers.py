@@ -152,14 +152,20 @@ class WorkerHeartbeat:
         self._worker = worker
         self._load = load
         self._good = True
+        self._beating = asyncio.Lock()
         # The refusals that the last heartbeat lists.
         self._listed = ""
 
-    def set_internal(self, address: str) -> None:
-        """Set the internal address of this worker, as host:port."""
+    async def publish_internal(self, address: str) -> None:
+        """Set the internal address of this worker, as host:port, and write the heartbeat.
+
+        Without Redis, `beat_unless_ready` writes it soon.
+        """
         self._worker = replace(self._worker, internal=address)
-        # `beat_unless_ready` publishes it soon.
-        self._good = False
+        try:
+            await self.beat()
+        except RelayError:
+            self._good = False
 
     async def beat_unless_ready(self) -> None:
         """Write the heartbeat if the last one said that this worker is not ready, or if the
@@ -173,6 +179,11 @@ class WorkerHeartbeat:
         A Redis whose memory is full rejects SET and SADD. EXPIRE then extends the existing
         heartbeat, whose `written_ms` shows its age.
         """
+        # Otherwise an older heartbeat could replace a newer one.
+        async with self._beating:
+            await self._beat()
+
+    async def _beat(self) -> None:
         instance = self._worker.instance
         worker = replace(self._worker, **asdict(self._load())) if self._load else self._worker
         self._good = worker.ready is not False
