@@ -1,11 +1,12 @@
 """Read the followed streams of all shards: one reader per shard, and each stream with its shard.
 
-One task reads the shard map: at the start, periodically, and as soon as a reply or a push shows
-that a key is in another shard. Streams whose shard has changed are given to its reader and examined
-there. Parked streams are examined again after each read of the map. After such a reply, the map is
-read repeatedly for a few seconds, after 50 ms at first and then at most once a second: a slot may
-still be moving, and the node that is asked may not have received the change yet. The first such
-reply from another server ends the pause: it may be the next one that has been replaced.
+One task reads the shard map: at the start, periodically, as soon as a reply or a push shows that a
+key is in another shard, and while a primary of a Redis Cluster is away. Streams whose shard has
+changed are given to its reader and examined there. Parked streams are examined again after each
+read of the map. After such a reply, the map is read repeatedly for a few seconds, after 50 ms at
+first and then at most once a second: a slot may still be moving, and the node that is asked may not
+have received the change yet. The first such reply from another server ends the pause: it may be the
+next one that has been replaced.
 
 A server that cannot be reached affects only the channels in its shard. `problem` names it.
 """
@@ -262,7 +263,7 @@ class ShardReaders:
                         backoff.reset()
                 for reader in list(self._readers.values()):
                     reader.unpark()
-                if self._problem:
+                if self._problem or self._awaits_promotion():
                     self.look()
                 if await self._pause(backoff) or loop.time() < self._look_until:
                     continue
@@ -271,6 +272,11 @@ class ShardReaders:
                 with contextlib.suppress(TimeoutError):
                     async with asyncio.timeout(_PERIOD_S):
                         await self._look.wait()
+
+    def _awaits_promotion(self) -> bool:
+        """Return True if a replica may soon have the slots of a server that is away."""
+        readers = self._readers.values()
+        return bool(self._map.slots) and not all(reader.is_connected() for reader in readers)
 
     async def _pause(self, backoff: Backoff) -> bool:
         """Pause between two reads of the map. Return True if a new sign has ended the pause."""

@@ -256,12 +256,36 @@ async def test_subscriptions_wait_for_a_primary_that_was_just_promoted(
         running.cancel()
 
 
+async def test_the_replica_of_a_primary_that_is_away_is_found_when_it_is_promoted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Without a reason, the next look would be after the end of the test.
+    monkeypatch.setattr(shard_readers, "_SIGN_S", 0.0)
+    monkeypatch.setattr(shard_readers, "_PERIOD_S", 300.0)
+    old, new = OneShard("old"), OneShard("new")
+    shard_map, made = Map([old]), dict[str, Reader]()
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(readers_of(shard_map, made).run())
+        await until(lambda: "old" in made)
+        # Longer than one sign lasts.
+        await until(lambda: shard_map.refreshes == 5)
+        shard_map.shards, shard_map.slots = [new], [new] * SLOTS
+        await until(lambda: "new" in made)
+        made["new"].has_connection = True
+        looks = -1
+        while looks < shard_map.refreshes:
+            looks = shard_map.refreshes
+            await asyncio.sleep(2 * shard_readers._LAST_LOOK_S)
+        running.cancel()
+
+
 async def test_the_first_sign_of_another_shard_ends_the_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Without a sign, the next look would be after the end of the test.
     monkeypatch.setattr(shard_readers, "_FIRST_LOOK_S", 300.0)
     monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 300.0)
+    monkeypatch.setattr(Reader, "is_connected", lambda _: True)
     shards = [OneShard("one"), OneShard("two")]
     shard_map = Map(shards)
     one, two = cast("list[Shard]", shards)
