@@ -337,6 +337,26 @@ async def test_success_means_that_the_replicas_have_it(
         replica.thaw()
 
 
+async def test_appends_wait_for_replicas_together(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    with replicated(tmp_path, flavour) as (primary, replica), primary.client() as admin:
+        async with appending(primary, keys, durability="replicated") as appender:
+            await appender.append(NEWS, [b"data", b"1"])
+            replica.freeze()
+            admin.config_resetstat()
+            appends = []
+            for _ in range(50):
+                appends.append(appender.append(NEWS, [b"data", b"2"]))
+                await asyncio.sleep(0.01)  # so that each could be a pipeline of its own
+            for each in appends:
+                with pytest.raises(NotDurable):
+                    await each
+            # The rest waited for the first one, and has less time.
+            assert admin.info("commandstats")["cmdstat_wait"]["calls"] == 2
+            replica.thaw()
+
+
 async def test_a_channel_keeps_its_order_whatever_durability_its_requests_choose(
     tmp_path: Path, flavour: Flavour, keys: Keys
 ) -> None:

@@ -92,6 +92,10 @@ class OutboundQueue:
             error = attempt if isinstance(attempt, Exception) else await _error_of(attempt)
             if error is None or isinstance(error, NotDurable):
                 self._bytes -= len(message.publication.data)
+                if error is not None:
+                    _log.warning(
+                        "A Pydio message for %s was %s", message.publication.channel, error
+                    )
             elif isinstance(error, ClientError | ValueError):
                 self._drop(message, str(error))
             elif self._clock() - message.since > HOLD_S:

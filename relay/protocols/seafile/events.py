@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from aiohttp import web
 
-from relay.core.errors import RelayError
+from relay.core.errors import NotDurable, RelayError
 from relay.core.reasons import Reason
 from relay.doorkit.http_status import GO_STATUS_TEXT, go_error
 from relay.protocols.seafile import answers, event_format
@@ -80,9 +80,8 @@ class EventsHandler:
             async with asyncio.timeout(_LIMIT_S):
                 await self._append(event)
         except (RelayError, ValueError, TimeoutError) as exc:
-            reason = str(exc) or f"Redis did not answer within {_LIMIT_S} s"
             # Not logged as an exception, because this is not a bug.
-            _log.error("Event %s on %s not appended: %s", event.type, event.channel, reason)
+            _log.error("Event %s on %s was %s", event.type, event.channel, _outcome(exc))
             self._service.count_rejection(Reason.UNAVAILABLE)
             return go_error(503, "Service Unavailable")
         return answers.done()
@@ -116,3 +115,12 @@ class EventsHandler:
         return [f"user:{name}" for name in members or () if name] or [
             f"group:seafile:{event.group}"
         ]
+
+
+def _outcome(exc: Exception) -> str:
+    """Return what has become of an event that was not appended as wanted."""
+    if isinstance(exc, NotDurable):
+        return str(exc)
+    if isinstance(exc, TimeoutError):
+        return f"not confirmed by Redis within {_LIMIT_S} s"
+    return f"not appended: {exc}"

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from relay.stream.connection.refusals import Refusals
     from relay.stream.format.keys import Keys
     from relay.stream.shards.shard import Shard, ShardMap
+    from relay.stream.write.confirmations import Confirmations
 
 _log = logging.getLogger(__name__)
 
@@ -358,7 +359,9 @@ class _Lane:
         self._redis = redis
         self._refusals = refusals
         # Below the timeout of the connection, so that the number of replicas is received.
-        self._wait_ms = int(redis.command_timeout_s * 800)
+        self._longest_wait_ms = int(redis.command_timeout_s * 800)
+        # An append that has waited for the one before is still given this time.
+        self._shortest_wait_ms = int(redis.command_timeout_s * 200)
         self._connection: PipelineConnection | None = None
         # The reply if Redis has rejected the scripts for appends with a uid.
         self._scripts_refused: CommandRefused | None = None
@@ -440,6 +443,9 @@ class _Lane:
         try:
             while True:
                 await self._work.wait()
+                if self._confirms:
+                    # WAIT blocks the connection. One confirms all that were added meanwhile.
+                    await self.until_answered()
                 is_new = self._connection is None
                 try:
                     connection = self._connection or await self._connect()
@@ -546,7 +552,8 @@ class _Lane:
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
         appends = [pending.append for pending in batch]
         commands = self._in_order(appends)
-        waits = confirming_commands(appends, self._wait_ms) if self._confirms else []
+        wait_ms = self._wait_ms(batch[0]) if self._confirms else 0
+        waits = confirming_commands(appends, wait_ms) if self._confirms else []
         self._in_flight += len(batch)
         future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
         self._sent = future
@@ -556,7 +563,9 @@ class _Lane:
             if not executed.cancelled():
                 exc = executed.exception()
                 if exc is None:
-                    self._on_replies(batch, executed.result(), waits)
+                    replies = executed.result()
+                    confirmed = parse_confirmations(waits, replies[len(batch) :], wait_ms)
+                    self._on_replies(batch, replies, confirmed)
                 else:
                     self._on_lost(batch, exc)
             for append in appends if self._unanswered else ():
@@ -564,6 +573,12 @@ class _Lane:
                     del self._unanswered[append.stream]
 
         future.add_done_callback(done)
+
+    def _wait_ms(self, oldest: _PendingAppend) -> int:
+        """Return how long the confirmations of a batch may take, within the time limit of
+        `[publish]`."""
+        waited_s = asyncio.get_running_loop().time() - oldest.since
+        return max(self._shortest_wait_ms, self._longest_wait_ms - int(waited_s * 1000))
 
     def _in_order(self, appends: Sequence[Append]) -> list[RedisCommand]:
         """Return the commands in a form that Redis rejects if it rejects one before, see `behind`.
@@ -627,9 +642,8 @@ class _Lane:
         self,
         batch: list[_PendingAppend],
         replies: list[object],
-        waits: Sequence[RedisCommand],
+        confirmed: Confirmations,
     ) -> None:
-        confirmed = parse_confirmations(waits, replies[len(batch) :], self._wait_ms)
         refused = self._refused()
         for pending, reply in zip(batch, replies, strict=False):
             if pending.future.done():  # the caller was cancelled

@@ -9,7 +9,7 @@ from typing import Unpack
 import pytest
 
 from relay.core.durability import Durability
-from relay.core.errors import LimitExceeded, RedisUnavailable
+from relay.core.errors import LimitExceeded, NotDurable, RedisUnavailable
 from relay.core.model import Channel, EntryID, EventFields
 from relay.protocols.pydio import outbound
 from relay.protocols.pydio.outbound import OutboundQueue
@@ -71,6 +71,16 @@ async def test_drops_only_the_message_that_can_never_be_appended(
     await sent(stream, 3)
     assert stream.entries == [b"0", b"2"]
     assert "Dropped a Pydio message for pydio:1: too large" in caplog.text
+
+
+async def test_appends_a_message_once_that_replicas_have_not_confirmed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    missing = NotDurable("appended as 5-0, but 0 of 1 replicas have confirmed it", EntryID(5, 0))
+    stream = Stream([missing])
+    await sent(stream, 2)
+    assert stream.entries == [b"1"]
+    assert "A Pydio message for pydio:1 was appended as 5-0, but 0 of 1 replicas" in caplog.text
 
 
 async def test_drops_a_message_after_a_minute(caplog: pytest.LogCaptureFixture) -> None:
