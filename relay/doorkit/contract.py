@@ -212,7 +212,10 @@ class Spawn(Protocol):
     """Starts a task that ends with the relay."""
 
     def __call__(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
-        """Start it. `name` is shown to operators. An exception that it raises ends the relay."""
+        """Start it. `name` is shown to operators. An exception that it raises ends the relay.
+
+        While the relay is ending because of one, the task is not run.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -420,7 +420,12 @@ class Relay:
     def _spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> asyncio.Task[None]:
         if self._background is None:
             raise RuntimeError("not running")
-        task = self._background.create_task(coroutine, name=name)
+        try:
+            task = self._background.create_task(coroutine, name=name)
+        except RuntimeError:
+            # A task has failed, and the relay is ending.
+            coroutine.close()
+            return asyncio.get_running_loop().create_task(asyncio.sleep(0), name=name)
         if self._check_only:
             # A task that is cancelled before its first step never runs.
             task.cancel()

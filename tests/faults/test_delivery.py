@@ -58,7 +58,7 @@ async def _run(site: Site, folder: Path, faults: Callable[[Run], Any]) -> None:
         events_per_s=EVENTS_PER_S,
         are_all=IS_FULL,
     )
-    print("\n".join([*report.details, str(report.figures)]))  # noqa: T201  # for a failure
+    print("\n".join([*report.details, *report.problems, str(report.figures)]))  # noqa: T201  # for a failure
     assert report.problems == []
     acknowledged = {k: v for k, v in report.figures.items() if k.startswith("acknowledged")}
     assert all(acknowledged.values()), acknowledged

@@ -694,3 +694,19 @@ async def test_without_a_sentinel_nobody_knows() -> None:
         with pytest.raises(RedisUnavailable, match=r"no Sentinel at 127\.0\.0\.1") as refused:
             await discover(RedisSettings(url=url))
     assert "pw" not in str(refused.value)
+
+
+async def test_a_connection_that_redis_py_closes_while_it_sends_is_an_error_of_redis(
+    server: Server,
+) -> None:
+    async with redis_client(server.settings("admin")) as client:
+        for turns in range(20):
+            connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+            await client.connection_pool.release(connection)
+            sending = asyncio.get_running_loop().create_task(command(client, "PING"))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            # redis-py's client of a Cluster does this when it reads the slots again.
+            await connection.disconnect(nowait=True)
+            with suppress(RedisUnavailable):
+                await sending

@@ -11,6 +11,7 @@ import contextlib
 import hmac
 import itertools
 import json
+import math
 import random
 import re
 import time
@@ -64,6 +65,8 @@ _CATCH_UP_S = 60.0
 # Producers whose events are appended later than they are sent.
 _LATER = ("queue", "emitter")
 _START_S = 100.0
+# The longest time between a message of PHP, or a command in the queue, and its append.
+_IN_FLIGHT_S = 3.0
 _NATIVE = ("http", "queue", "direct")
 
 
@@ -195,12 +198,18 @@ class Channel:
     acknowledged: dict[int, float] = field(default_factory=dict)
     # Published again, because the outcome was unknown.
     repeated: set[int] = field(default_factory=set)
+    # Since when Redis may have lost what relay was to append.
+    unsafe_since: float = math.inf
     # The numbers in the stream at the end.
     truth: list[int] = field(default_factory=list)
 
     @property
     def key(self) -> str:
         return stream_key(self.name)
+
+    def unsafe(self) -> set[int]:
+        """Return the numbers that relay may have appended again, or never received."""
+        return {number for number, at in self.acknowledged.items() if at > self.unsafe_since}
 
 
 @dataclass
@@ -260,9 +269,16 @@ class Follower:
         seen: set[int] = set()
         before: int | None = None
         is_notified = False
-        for what, _ in self.received:
+        repeated = self.channel.repeated | self.channel.unsafe()
+        items = [what for what, _ in self.received]
+        last = {what: place for place, what in enumerate(items)}
+        last_notice = max((last[what] for what in items if isinstance(what, str)), default=-1)
+        for index, what in enumerate(items):
             if isinstance(what, str):
                 is_notified = True
+                continue
+            if what in repeated and index < last_notice < last[what]:
+                # Redis has lost it after it was delivered, and it was appended again.
                 continue
             if what not in places:
                 # Redis has lost it after it was delivered.
@@ -270,12 +286,12 @@ class Follower:
                 continue
             place = next((p for p in places[what] if before is None or p > before), -1)
             if place < 0:
-                if is_notified and (self.replays or what in self.channel.repeated):
+                if is_notified and (self.replays or what in repeated):
                     place = places[what][-1]
                 else:
                     found["twice" if what in seen else "swapped"].append(what)
                     continue
-            elif what in seen and not self.replays and what not in self.channel.repeated:
+            elif what in seen and not self.replays and what not in repeated:
                 found["twice"].append(what)
             if before is not None and place > before + 1:
                 missed = self.channel.truth[before + 1 : place]
@@ -624,6 +640,17 @@ class Run:
         finally:
             self.phases.append(Phase(name, begin, time.monotonic(), on_it))
 
+    def may_lose(self, server: int, since: float) -> None:
+        """Record that Redis may lose what this server has received since then."""
+        has_queue = self.site.server_of(_QUEUE) == server
+        for channel in self.channels:
+            # Relay appends messages of PHP and emits again that were in flight, and executes
+            # commands again that are in the queue again.
+            if channel.producer in ("php", "emitter") or (
+                channel.producer == "queue" and has_queue
+            ):
+                channel.unsafe_since = since - _IN_FLIGHT_S
+
     def choose_channels(self) -> None:
         """Choose names of channels, so that each server has channels of each producer."""
         names = (f"room{number}" for number in range(10_000))
@@ -869,6 +896,9 @@ def _report(run: Run, problems: list[str]) -> Report:
                 details.append(f"{follower.name}: {_around(follower, numbers[0])}")
                 details += [f"{follower.name}: {text}" for text in follower.log[-20:]]
         lost_ones, notices = follower.lost(), follower.notices()
+        if follower.channel.producer == "queue":
+            # It was lost in the queue, before its channel was known.
+            lost_ones = [each for each in lost_ones if each not in follower.channel.unsafe()]
         if lost_ones and not any(at > first_fault for _, at in notices):
             figures["silent"] += len(lost_ones)
             problems.append(f"{follower.name}: lost by Redis without a notice {lost_ones[:5]}")
@@ -954,6 +984,7 @@ def cluster_faults(
                 replica = victim + cluster.primaries
                 cluster.call(replica, "CONFIG", "SET", "masteruser", "nobody")
                 cluster.call(victim, "CLIENT", "KILL", "TYPE", "replica")
+                run.may_lose(victim, time.monotonic())
                 time.sleep(stall_s)
             run.site.allow_failover(is_allowed=True)
             at = time.monotonic()

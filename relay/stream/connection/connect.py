@@ -463,6 +463,22 @@ def translated() -> Iterator[None]:
         raise refusal("Redis", refusal_text(exc)) from exc
     except (RedisError, RedisClusterException, OSError) as exc:
         raise RedisUnavailable(f"Redis: {exc}") from exc
+    except (AttributeError, TypeError) as exc:
+        if not _is_closed(exc):
+            raise
+        raise RedisUnavailable("Redis: the connection was closed") from exc
+
+
+def _is_closed(exc: AttributeError | TypeError) -> bool:
+    """Return True if redis-py has used a connection, or a server of a Cluster, that is gone.
+
+    redis-py 8.1 then uses None (its issues 3546, 3835 and 4287).
+    """
+    trace = exc.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    raised_in = trace.tb_frame.f_globals["__name__"] if trace is not None else ""
+    return str(exc).startswith("'NoneType' object ") and not raised_in.startswith("relay.")
 
 
 async def command(client: RedisClient, *words: bytes | str | int) -> Any:

@@ -111,12 +111,7 @@ class SessionRegistry:
     def release(self, session_id: str) -> None:
         """Delete the registration of a removed session."""
         self._held.discard(session_id)
-        deleting = self._delete(session_id)
-        try:
-            self._spawn(deleting, name="sockjs-release")
-        except RuntimeError:
-            # At shutdown no tasks can be started. The registration expires by itself.
-            deleting.close()
+        self._spawn(self._delete(session_id), name="sockjs-release")
         if not self._held and self._timer is not None:
             self._timer.cancel()
             self._timer = None
