@@ -710,3 +710,23 @@ async def test_a_connection_that_redis_py_closes_while_it_sends_is_an_error_of_r
             await connection.disconnect(nowait=True)
             with suppress(RedisUnavailable):
                 await sending
+
+
+@pytest.mark.single_server("connects to the shared server through a proxy")
+def test_an_idle_connection_that_was_reset_is_replaced(server: Server) -> None:
+    async def run() -> None:
+        async with cutting(server.port) as cutter:
+            url = f"redis://admin:any@127.0.0.1:{cutter.port}"
+            async with redis_client(RedisSettings(url=url)) as client:
+                await command(client, "PING")
+                connection = await client.connection_pool.get_connection()  # type: ignore[no-untyped-call]
+                await client.connection_pool.release(connection)
+                cutter.reset()
+                async with asyncio.timeout(20):
+                    while not connection._writer.is_closing():
+                        await asyncio.sleep(0.01)
+                # The transport of uvloop raises RuntimeError, unlike that of asyncio.
+                assert await command(client, "PING")
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run())

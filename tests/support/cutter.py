@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from socket import SO_LINGER, SOL_SOCKET
+from struct import pack
 
 
 class Cutter:
@@ -30,6 +32,13 @@ class Cutter:
             for transport in (near, self._open.pop(near)):
                 transport.abort()
             self.cuts += 1
+
+    def reset(self) -> None:
+        """End all connections with a reset (RST), as the kernel of a server that has crashed."""
+        for near, far in list(self._open.items()):
+            near.get_extra_info("socket").setsockopt(SOL_SOCKET, SO_LINGER, pack("ii", 1, 0))
+            near.abort()
+            far.abort()
 
     def silence(self) -> None:
         """Drop all bytes of the present connections, as a firewall that has forgotten them."""
@@ -65,12 +74,13 @@ async def _pump(
     writer: asyncio.StreamWriter,
     silent: set[asyncio.WriteTransport],
 ) -> None:
-    with suppress(OSError):
+    # uvloop raises RuntimeError if the connection is closed.
+    with suppress(OSError, RuntimeError):
         while data := await reader.read(65536):
             if writer.transport not in silent:
                 writer.write(data)
                 await writer.drain()
-    with suppress(OSError):
+    with suppress(OSError, RuntimeError):
         writer.write_eof()
 
 

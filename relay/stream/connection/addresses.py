@@ -5,12 +5,18 @@ from __future__ import annotations
 import asyncio
 import socket
 from asyncio.staggered import staggered_race
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, TypeVar, cast
 
-from redis.asyncio.connection import Connection, SSLConnection
+from redis.asyncio.connection import (
+    AbstractConnection,
+    Connection,
+    SSLConnection,
+    UnixDomainSocketConnection,
+)
 from redis.asyncio.sentinel import SentinelManagedConnection
+from redis.exceptions import ConnectionError as RedisConnectionError
 from typing_extensions import override
 
 T = TypeVar("T")
@@ -53,7 +59,28 @@ def _address(host: Any, _port: int, _flow: int = 0, scope: int = 0) -> str:
     return f"{host}%{scope}" if scope else host
 
 
-class AnyAddress(Connection):
+class _Reopened(AbstractConnection):
+    """A connection of redis-py that redis-py opens again if it is closed before a command is sent.
+
+    The server, or another task of redis-py, may close it. redis-py 8.1 then raises AttributeError
+    (its issues 3546, 3835 and 4287) or uvloop's RuntimeError, and does not repeat the command.
+    """
+
+    @override
+    async def _send_packed_command(self, command: Iterable[bytes]) -> None:
+        try:
+            await super()._send_packed_command(command)
+        except (AttributeError, RuntimeError) as exc:
+            if self._writer is not None and not self._writer.is_closing():
+                raise
+            raise RedisConnectionError("the connection was closed") from exc
+
+
+class UnixSocket(_Reopened, UnixDomainSocketConnection):
+    """A connection over a Unix socket."""
+
+
+class AnyAddress(_Reopened, Connection):
     """A connection of redis-py that tries all addresses of a name."""
 
     _address = ""
