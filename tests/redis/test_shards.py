@@ -11,6 +11,7 @@ from argparse import Namespace
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import orjson
 import pytest
@@ -28,7 +29,13 @@ from relay.config.settings import NamespaceSettings, PublishSettings, RedisSetti
 from relay.core.durability import Durability
 from relay.core.errors import NotDurable, RedisUnavailable, StartError
 from relay.core.model import Channel, EntryID
-from relay.stream.connection.connect import command
+from relay.stream.connection.connect import (
+    RedisClient,
+    command,
+    command_if_equal,
+    pipelined,
+    transaction,
+)
 from relay.stream.connection.pipeline_connection import PipelineConnection, connected
 from relay.stream.connection.primary import Primaries
 from relay.stream.connection.scripts import Script
@@ -662,6 +669,84 @@ async def test_slots_without_a_server_are_named(cluster: RedisCluster) -> None:
             while readers.problem([NEWS]):
                 await asyncio.sleep(0.02)
         reading.cancel()
+
+
+async def test_a_slot_without_a_server_is_unavailable_until_it_has_one(
+    cluster: RedisCluster,
+) -> None:
+    settings, key = cluster.settings(), b"{a slot without a server}"
+    owner = await asyncio.to_thread(cluster.owner_of, key)
+
+    async def in_a_pipeline(client: RedisClient) -> None:
+        async with pipelined(client) as pipeline:
+            pipeline.execute_command("GET", key)
+            await pipeline.execute()
+
+    async def in_a_transaction(client: RedisClient) -> None:
+        async with transaction(client) as pipeline:
+            pipeline.execute_command("GET", key)
+            await pipeline.execute()
+
+    async with shard_clients(settings) as clients:
+        client = clients.for_key(key)
+        await command(client, "SET", key, "1")
+        for number in range(3):
+            with contextlib.suppress(ResponseError):
+                cluster.call(number, "CLUSTER", "DELSLOTS", slot_of(key))
+        try:
+            ways: list[Callable[[], Awaitable[object]]] = [
+                partial(command, client, "GET", key),
+                partial(in_a_pipeline, client),
+                partial(in_a_transaction, client),
+                partial(command_if_equal, client, key, b"1", "SET", key, "1"),
+            ]
+            for way in ways:
+                with pytest.raises(RedisUnavailable, match="no server|not served"):
+                    await way()
+        finally:
+            cluster.call(owner, "CLUSTER", "ADDSLOTS", slot_of(key))
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(RedisUnavailable):
+                    assert await command(client, "GET", key) == b"1"
+                    break
+                await asyncio.sleep(0.05)
+
+
+async def test_a_transaction_does_not_wait_for_the_slots_to_be_read(
+    cluster: RedisCluster,
+) -> None:
+    settings = cluster.settings(command_timeout_s=2, connect_timeout_s=2)
+    names = [b"{%d}" % number for number in range(100)]
+    key = next(name for name in names if cluster.owner_of(name) == 2)
+    others = [next(name for name in names if cluster.owner_of(name) == each) for each in (0, 1)]
+
+    async def fail(client: RedisClient) -> None:
+        with contextlib.suppress(RedisUnavailable):
+            await command(client, "GET", others[0])
+
+    async with shard_clients(settings) as clients, asyncio.TaskGroup() as tasks:
+        client = clients.for_key(key)
+        await command(client, "SET", key, "1")
+        for number in (0, 1):
+            cluster.servers[number].freeze()
+        try:
+            failing = tasks.create_task(fail(client))
+            async with transaction(client) as pipeline:
+                await pipeline.watch(key)
+                # redis-py reads the slots again after the error, from a server that is frozen.
+                async with asyncio.timeout(20):
+                    while not cast(Any, client)._initialize:
+                        await asyncio.sleep(0.01)
+                assert await command(pipeline, "GET", key) == b"1"
+                pipeline.multi()  # type: ignore[no-untyped-call]
+                pipeline.execute_command("SET", key, "2")
+                await pipeline.execute()
+        finally:
+            for number in (0, 1):
+                cluster.servers[number].thaw()
+        await failing
+        assert await command(client, "GET", key) == b"2"
 
 
 async def test_servers_without_slots_are_unavailable_until_they_have_them(tmp_path: Path) -> None:

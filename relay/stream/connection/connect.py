@@ -19,9 +19,8 @@ from typing import Any, cast
 from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from pydantic import SecretStr
-from redis.asyncio import Redis, RedisCluster
+from redis.asyncio import Redis
 from redis.asyncio.client import Pipeline
-from redis.asyncio.cluster import ClusterNode
 from redis.asyncio.retry import Retry
 from redis.backoff import EqualJitterBackoff, NoBackoff
 from redis.credentials import CredentialProvider
@@ -46,8 +45,10 @@ from relay.stream.connection.addresses import (
     AnyAddressOfPrimary,
     AnyAddressOfPrimaryTls,
     AnyAddressTls,
+    UnixSocket,
 )
 from relay.stream.connection.cancellation import cancellation_kept
+from relay.stream.connection.cluster_client import ClusterClient
 from relay.stream.connection.refusals import (
     TEMPORARY_CODES,
     Effect,
@@ -404,27 +405,13 @@ def endpoint_client(endpoint: RedisEndpoint, settings: RedisSettings) -> Redis:
     """Return a redis-py client for one server."""
     options = _options(endpoint, settings)
     if endpoint.path:
-        return Redis(unix_socket_path=endpoint.path, **options)
+        client = Redis(unix_socket_path=endpoint.path, **options)
+        client.connection_pool.connection_class = UnixSocket
+        return client
     tls = _tls_options(endpoint, settings)
     client = Redis(host=endpoint.host, port=endpoint.port, **options, **tls)
     client.connection_pool.connection_class = AnyAddressTls if tls else AnyAddress
     return client
-
-
-class _ClusterClient(RedisCluster):
-    """redis-py's client, with its own exception for a Cluster of which no server has a slot."""
-
-    @override
-    async def initialize(self, *args: Any, **options: Any) -> RedisCluster:
-        try:
-            return await super().initialize(*args, **options)
-        except IndexError as exc:
-            # redis-py 8.1 takes the first of no primaries, and before that it removes all addresses
-            # at which it could ask again.
-            nodes = self.nodes_manager
-            nodes.startup_nodes.update({node.name: node for node in self.startup_nodes})
-            await nodes.aclose("startup_nodes")
-            raise RedisClusterException("no server of the Redis Cluster has a slot") from exc
 
 
 @asynccontextmanager
@@ -438,9 +425,8 @@ async def cluster_client(settings: RedisSettings) -> AsyncIterator[RedisClient]:
     options = _options(seeds[0], settings)
     del options["db"]
     options["retry"] = Retry(EqualJitterBackoff(cap=_CLUSTER_PAUSE_S, base=0.02), _CLUSTER_ATTEMPTS)
-    client = _ClusterClient(
-        startup_nodes=[ClusterNode(seed.host, seed.port) for seed in seeds],
-        require_full_coverage=False,
+    client = ClusterClient(
+        [(seed.host, seed.port) for seed in seeds],
         **options,
         **_tls_options(seeds[0], settings),
     )
