@@ -416,8 +416,8 @@ class ApiQueueConsumer(RunningProducer):
             # replicas. If a failover loses the entries, it also loses their removal from the queue,
             # unless that is on another server.
             most_ms = int(self._redis.command_timeout_s * 500)
-            confirmed = await queues.confirm(shard.name, wanted, most_ms)
-            self._unconfirmed.report(wanted, confirmed)
+            missing = await queues.confirm(shard.name, wanted, most_ms)
+            self._unconfirmed.report(missing)
         if failed is not None:
             self._on_applied(len(head.items), broken + failed)
 

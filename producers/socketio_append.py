@@ -281,8 +281,8 @@ class EmitBatch:
             else:
                 rejected = await self._append_at_once(links, mark_key, old, new)
             if self._wanted and rejected >= 0:
-                confirmed = await confirm(self._written, self._wanted, _WAIT_MS)
-                self._unconfirmed.report(self._wanted, confirmed)
+                missing = await confirm(self._written, self._wanted, _WAIT_MS)
+                self._unconfirmed.report(missing)
         except RedisUnavailable as exc:
             raise Unavailable(str(exc)) from exc
         return rejected if rejected >= 0 else None

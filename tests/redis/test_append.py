@@ -345,15 +345,53 @@ async def test_appends_wait_for_replicas_together(
             await appender.append(NEWS, [b"data", b"1"])
             replica.freeze()
             admin.config_resetstat()
-            appends = []
-            for _ in range(50):
-                appends.append(appender.append(NEWS, [b"data", b"2"]))
-                await asyncio.sleep(0.01)  # so that each could be a pipeline of its own
+            appends = [appender.append(NEWS, [b"data", b"2"])]
+            while not admin.info("clients")["blocked_clients"]:
+                await asyncio.sleep(0.01)
+            # They wait for the first one, and have less time. They need several pipelines.
+            appends += [appender.append(NEWS, [b"data", b"2"]) for _ in range(3500)]
             for each in appends:
                 with pytest.raises(NotDurable):
                     await each
-            # The rest waited for the first one, and has less time.
             assert admin.info("commandstats")["cmdstat_wait"]["calls"] == 2
+            replica.thaw()
+
+
+async def test_each_durability_is_confirmed_by_itself(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    def begin(text: str, channel: str = "news") -> asyncio.Future[EntryID]:
+        wanted = Durability.parse(text)
+        return appender.append(Channel(channel), [b"data", b"1"], durability=wanted)
+
+    with replicated(tmp_path, flavour) as (primary, replica), primary.client() as admin:
+        async with appending(primary, keys, timeout_s=20) as appender:
+            # Nobody waits for a publisher that wants more replicas than there are, whether they use
+            # the same channel at the same time, or another one.
+            many, one = begin("replicated:3:15000"), begin("replicated")
+            assert await one
+            while not admin.info("clients")["blocked_clients"]:
+                await asyncio.sleep(0.01)
+            assert await begin("replicated", "other")
+            assert not many.done()
+            many.cancel()
+        async with appending(primary, keys, timeout_s=2) as appender:
+            replica.freeze()
+            long, short = begin("replicated:1:1500"), begin("replicated:1:100")
+            on_disk = begin("fsynced:0:1400") if primary.has("waitaof") else None
+            with pytest.raises(NotDurable, match="0 of 1 replicas .* within 100 ms"):
+                await short
+            assert not long.done()
+            # Of the same channel, so by the same connection, which waits for one after another.
+            assert on_disk is None or await on_disk
+            with pytest.raises(NotDurable, match="0 of 1 replicas .* within 1500 ms"):
+                await long
+            both = [begin("replicated")]
+            if primary.has("waitaof"):
+                both.append(begin("fsynced:1"))
+            for each in both:
+                with pytest.raises(NotDurable, match="0 of 1 replicas have .* within 1[56].. ms"):
+                    await each
             replica.thaw()
 
 

@@ -80,7 +80,7 @@ async def test_a_queue_reports_the_confirmations_of_its_own_connections(tmp_path
         assert await queues.apply(queue, head, [operation], window_ms=1000) == 0
 
     async def missing(queues: SteppedQueues, queue: str) -> str:
-        return (await queues.confirm(queue, [_WANTED], 1000)).missing(_WANTED)
+        return (await queues.confirm(queue, [_WANTED], 1000))[_WANTED]
 
     with site.started():
         async with _links(site.settings) as links:

@@ -11,7 +11,7 @@ programs that append on a connection of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 from relay.core.durability import FAST, Durability
 from relay.core.errors import (
@@ -24,17 +24,13 @@ from relay.core.model import RESERVED_NAMESPACES, Channel, EntryID, namespace_of
 from relay.stream.connection.connect import refusal
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script, is_missing
-from relay.stream.write.confirmations import (
-    Confirmations,
-    confirming,
-    parse_confirmations,
-    unconfirmable,
-)
+from relay.stream.write.confirmations import execute, unconfirmable
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings
     from relay.stream.connection.pipeline_connection import PipelineConnection, RedisCommand
     from relay.stream.format.keys import Keys
+    from relay.stream.write.confirmations import Missing
 
 UID_BYTES = 255
 # How long `send` waits for confirmations. Keep it below the timeout of the connection.
@@ -283,13 +279,13 @@ async def send(
         commands = [each.command for each in rest]
         if not script_known:
             commands[0] = rest[0].with_script_text()
-        replies, confirmed = await _execute(connection, commands, rest, wait_ms)
+        replies, missing = await _execute(connection, commands, rest, wait_ms)
         for append, reply in zip(rest, replies, strict=True):
             if script_known and is_missing(reply):
                 # The script was removed by SCRIPT FLUSH or evicted by Redis 7.4. Repeat from here
                 # on. Later entries may have been appended already; their uids prevent duplicates.
                 break
-            results.append(parse_reply(append, reply, confirmed))
+            results.append(parse_reply(append, reply, missing))
         script_known = False
     return results
 
@@ -308,7 +304,7 @@ async def send_one(connection: PipelineConnection, append: Append) -> Appended:
     if (uid_key := append.uid_key) is not None:
         # One transaction, so that of two producers with the same uid exactly one finds no key.
         commands = [("MULTI",), ("GET", uid_key), *commands, ("EXEC",)]
-    replies, confirmed = await _execute(connection, commands, [append], WAIT_MS)
+    replies, missing = await _execute(connection, commands, [append], WAIT_MS)
     reply, is_new = replies[-1], True
     if isinstance(reply, list):
         known, reply = reply
@@ -316,25 +312,22 @@ async def send_one(connection: PipelineConnection, append: Append) -> Appended:
     elif len(replies) > 1:
         # EXECABORT does not give the reason. The reply to the rejected command does.
         reply = next(each for each in replies if isinstance(each, ReplyError))
-    result = parse_reply(append, reply, confirmed)
+    result = parse_reply(append, reply, missing)
     if isinstance(result, RelayError):
         raise result
     return Appended(result, is_new)
 
 
-def parse_reply(append: Append, reply: object, confirmed: Confirmations) -> EntryID | RelayError:
+def parse_reply(append: Append, reply: object, missing: Missing) -> EntryID | RelayError:
     """Return the ID of the entry or the error."""
     if not isinstance(reply, bytes):
         return refusal("XADD", str(reply))
-    entry_id = EntryID.parse(reply)
-    if append.durability is not FAST and (missing := confirmed.missing(append.durability)):
-        return NotDurable(f"appended as {entry_id}, but {missing}", entry_id)
-    return entry_id
+    return outcome(EntryID.parse(reply), append.durability.waits and missing[append.durability])
 
 
-def confirming_commands(appends: Sequence[Append], most_ms: int) -> list[RedisCommand]:
-    """Return the commands that wait for the confirmations of these appends, behind them."""
-    return confirming({each.durability for each in appends if each.durability.waits}, most_ms)
+def outcome(entry_id: EntryID, missing: str | Literal[False]) -> EntryID | NotDurable:
+    """Return the ID of the entry, or the error if something has not been confirmed."""
+    return NotDurable(f"appended as {entry_id}, but {missing}", entry_id) if missing else entry_id
 
 
 def _words(rules: NamespaceSettings, fields: Sequence[bytes]) -> list[bytes | str | int]:
@@ -355,12 +348,10 @@ async def _check_durability(connection: PipelineConnection, appends: Sequence[Ap
 
 async def _execute(
     connection: PipelineConnection,
-    commands: list[RedisCommand],
+    commands: Sequence[RedisCommand],
     appends: Sequence[Append],
     wait_ms: int,
-) -> tuple[list[object], Confirmations]:
-    """Send the commands. Return their replies, and what Redis has confirmed about them."""
-    waits = confirming_commands(appends, wait_ms)
-    replies = await connection.execute([*commands, *waits])
-    count = len(commands)
-    return replies[:count], parse_confirmations(waits, replies[count:], wait_ms)
+) -> tuple[list[object], Missing]:
+    """Send the commands. Return their replies, and what Redis has not confirmed about them."""
+    wanted = {each.durability for each in appends if each.durability.waits}
+    return await execute(connection, commands, wanted, wait_ms)

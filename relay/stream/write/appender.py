@@ -24,6 +24,7 @@ from relay.core.errors import (
     Unavailable,
 )
 from relay.core.model import Channel, EntryID
+from relay.core.slices import next_slice
 from relay.stream.connection import scripts
 from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import CannotServe, PipelineConnection
@@ -36,10 +37,10 @@ from relay.stream.write.append import (
     APPEND_ONCE,
     Append,
     AppendCommands,
-    confirming_commands,
+    outcome,
     parse_reply,
 )
-from relay.stream.write.confirmations import parse_confirmations, unconfirmable
+from relay.stream.write.confirmations import confirmations, unconfirmable
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
     from relay.stream.connection.refusals import Refusals
     from relay.stream.format.keys import Keys
     from relay.stream.shards.shard import Shard, ShardMap
-    from relay.stream.write.confirmations import Confirmations
 
 _log = logging.getLogger(__name__)
 
@@ -75,6 +75,13 @@ class _PendingAppend:
         self.future: asyncio.Future[EntryID] = loop.create_future()
         self.may_repeat = append.script is not None
         self.since = loop.time()
+
+
+_Replies = asyncio.Future[list[object]]
+# Batches and the replies to them, in order.
+_Sent = list[tuple[list[_PendingAppend], _Replies]]
+# By durability: appends that Redis has accepted.
+_Unconfirmed = dict[Durability, dict[_PendingAppend, EntryID]]
 
 
 class _Moving(NamedTuple):
@@ -237,7 +244,10 @@ class Appender:
 
 
 class _Lanes:
-    """Connections to one shard: one for each level of durability, because WAIT blocks its own.
+    """Connections to one shard: one for each durability, because WAIT blocks its own.
+
+    Durabilities that differ only in their time share a connection. So a publisher that asks for
+    more replicas than there are does not delay the others.
 
     The appends to one channel are carried out in the order of the calls, although requests may
     choose another durability than their namespace: while the channel has appends that wait for
@@ -257,11 +267,12 @@ class _Lanes:
         def moved(pending: _PendingAppend) -> None:
             on_moved(pending, self)
 
-        self._fast = _Lane(shard, redis, refusals, moved, confirms=False)
-        self._slow = {
-            level: _Lane(shard, redis, refusals, moved, confirms=True)
-            for level in ("replicated", "fsynced")
-        }
+        self._make_lane = partial(_Lane, shard, redis, refusals, moved)
+        self._fast = self._make_lane(confirms=False)
+        # By level and number of replicas.
+        self._slow: dict[tuple[str, int], _Lane] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._stopped = False
         # Channels with pending appends in a slow lane: the lane and their number.
         self._pending: dict[Channel, tuple[_Lane, int]] = {}
         # Appends in their order: the last append of the fast lane, the lane to use after it.
@@ -272,12 +283,14 @@ class _Lanes:
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._fast.run(), name="appends")
-            for level, lane in self._slow.items():
+            self._tasks = tasks
+            for (level, _), lane in self._slow.items():
                 tasks.create_task(lane.run(), name=f"{level} appends")
+            await self._fast.run()
 
     def stop(self) -> None:
         """Fail all appends and reject later ones."""
+        self._stopped = True
         for lane in (self._fast, *self._slow.values()):
             lane.stop()
 
@@ -298,16 +311,28 @@ class _Lanes:
         for lane in (self._fast, *self._slow.values()):
             await lane.until_answered()
 
+    def _slow_lane(self, durability: Durability) -> _Lane:
+        key = durability.level, durability.replicas
+        lane = self._slow.get(key)
+        if lane is None:
+            lane = self._slow[key] = self._make_lane(confirms=True)
+            if self._stopped:
+                lane.stop()
+            elif self._tasks is not None:
+                self._tasks.create_task(lane.run(), name=f"{durability.level} appends")
+        return lane
+
     def add(self, pending: _PendingAppend) -> None:
         """Add an append. Raise Unavailable if too many are waiting."""
         channel, usual = pending.channel, pending.usual
-        level = pending.append.durability.level
-        if level == FAST.level:
-            level = usual.level
-        if level == FAST.level and channel not in self._pending:
+        wanted = pending.append.durability if pending.append.durability.waits else usual
+        if channel in self._pending:
+            lane, count = self._pending[channel]
+        elif wanted.waits:
+            lane, count = self._slow_lane(wanted), 0
+        else:
             self._fast.add(pending)
             return
-        lane, count = self._pending.get(channel) or (self._slow[level], 0)
         after = None if usual.waits or count else self._fast.last
         if after is None:
             after = self._held[-1][0] if self._held else None
@@ -371,7 +396,7 @@ class _Lane:
         # the last pipeline.
         self._last: asyncio.Future[EntryID] | None = None
         self._repeated: deque[asyncio.Future[EntryID]] = deque()
-        self._sent: asyncio.Future[list[object]] | None = None
+        self._sent: _Replies | None = None
         # Appends that are sent again, before those that wait.
         self._again: list[_PendingAppend] = []
         # Redis has rejected an append because the scripts were removed.
@@ -443,9 +468,6 @@ class _Lane:
         try:
             while True:
                 await self._work.wait()
-                if self._confirms:
-                    # WAIT blocks the connection. One confirms all that were added meanwhile.
-                    await self.until_answered()
                 is_new = self._connection is None
                 try:
                     connection = self._connection or await self._connect()
@@ -461,14 +483,10 @@ class _Lane:
                         _fail(pending, exc)
                     await asyncio.sleep(_PAUSE_S)
                     continue
-                # No await from here on: `take` and `until_answered` must find each append.
-                waiting = self._unsent()
-                batch, self._waiting = waiting[:_BATCH], waiting[_BATCH:]
-                if not self._waiting:
-                    self._work.clear()
-                if problems or self._scripts_refused is not None:
-                    batch = self._possible(batch, problems)
-                if batch:
+                if self._confirms:
+                    await self._send_and_confirm(connection, problems)
+                    continue
+                if batch := self._next_batch(problems):
                     self._send(connection, batch)
                 # Appends of the next loop iteration go into the next pipeline.
                 await asyncio.sleep(0)
@@ -476,6 +494,19 @@ class _Lane:
             if self._connection is not None:
                 self._connection.close()
             self.stop()
+
+    def _next_batch(self, problems: Mapping[str, str]) -> list[_PendingAppend]:
+        """Remove the next appends from those that wait. Fail those that are not possible.
+
+        No await may follow before they are sent: `take` and `until_answered` must find each append.
+        """
+        waiting = self._unsent()
+        batch, self._waiting = waiting[:_BATCH], waiting[_BATCH:]
+        if not self._waiting:
+            self._work.clear()
+        if problems or self._scripts_refused is not None:
+            batch = self._possible(batch, problems)
+        return batch
 
     async def _connect(self) -> PipelineConnection:
         def on_lost(exc: Exception | None) -> None:
@@ -550,33 +581,118 @@ class _Lane:
         return possible
 
     def _send(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> None:
-        appends = [pending.append for pending in batch]
-        commands = self._in_order(appends)
-        wait_ms = self._wait_ms(batch[0]) if self._confirms else 0
-        waits = confirming_commands(appends, wait_ms) if self._confirms else []
-        self._in_flight += len(batch)
-        future = cast("asyncio.Future[list[object]]", connection.execute([*commands, *waits]))
-        self._sent = future
+        self._sent = future = self._execute(connection, batch)
 
-        def done(executed: asyncio.Future[list[object]]) -> None:
-            self._in_flight -= len(batch)
+        def done(executed: _Replies) -> None:
             if not executed.cancelled():
-                exc = executed.exception()
-                if exc is None:
-                    replies = executed.result()
-                    confirmed = parse_confirmations(waits, replies[len(batch) :], wait_ms)
-                    self._on_replies(batch, replies, confirmed)
-                else:
+                if exc := executed.exception():
                     self._on_lost(batch, exc)
-            for append in appends if self._unanswered else ():
-                if (last := self._unanswered.get(append.stream)) and last[0] is append:
-                    del self._unanswered[append.stream]
+                else:
+                    self._on_replies(batch, executed.result(), {})
+            self._on_answered(batch)
 
         future.add_done_callback(done)
 
-    def _wait_ms(self, oldest: _PendingAppend) -> int:
-        """Return how long the confirmations of a batch may take, within the time limit of
-        `[publish]`."""
+    def _execute(self, connection: PipelineConnection, batch: list[_PendingAppend]) -> _Replies:
+        self._in_flight += len(batch)
+        commands = self._in_order([pending.append for pending in batch])
+        return cast("_Replies", connection.execute(commands))
+
+    def _on_answered(self, batch: list[_PendingAppend]) -> None:
+        self._in_flight -= len(batch)
+        for pending in batch if self._unanswered else ():
+            stream = pending.append.stream
+            if (last := self._unanswered.get(stream)) and last[0] is pending.append:
+                del self._unanswered[stream]
+
+    async def _send_and_confirm(
+        self, connection: PipelineConnection, problems: Mapping[str, str]
+    ) -> None:
+        """Send everything that waits now, and wait for its confirmations.
+
+        WAIT blocks the connection. One confirms all that were added during the one before.
+        """
+        self._sent = ended = asyncio.get_running_loop().create_future()
+        sent: _Sent = []
+        try:
+            if waiting := self._unsent():
+                most_ms = self._most_ms(waiting[0])
+                await self._send_waiting(connection, problems, sent)
+                if sent:
+                    await self._confirm(connection, sent, most_ms)
+        except BaseException:
+            for batch, executed in sent:
+                executed.cancel()
+                for pending in batch:
+                    _fail(pending, RedisUnavailable(_STOPPING))
+            raise
+        finally:
+            for batch, _ in sent:
+                self._on_answered(batch)
+            ended.set_result([])
+
+    async def _send_waiting(
+        self, connection: PipelineConnection, problems: Mapping[str, str], sent: _Sent
+    ) -> None:
+        left = len(self._unsent())
+        while True:
+            if batch := self._next_batch(problems):
+                sent.append((batch, self._execute(connection, batch)))
+            left -= _BATCH
+            if left <= 0:
+                return
+            await asyncio.sleep(0)
+            try:
+                problems = await self._prepare(connection)
+            except (RedisUnavailable, CommandRefused):
+                return
+            if self._connection is not connection:
+                return
+
+    async def _confirm(self, connection: PipelineConnection, sent: _Sent, most_ms: int) -> None:
+        wanted = {each.append.durability for batch, _ in sent for each in batch} - {FAST}
+        unconfirmed: _Unconfirmed = {}
+        lost: RedisUnavailable | None = None
+        are_read = False
+        try:
+            async for durability, missing in confirmations(connection, wanted, most_ms):
+                if not are_read:
+                    are_read = True
+                    await self._read_replies(sent, unconfirmed)
+                for count, (pending, entry_id) in enumerate(
+                    unconfirmed.pop(durability, {}).items()
+                ):
+                    if not count % _BATCH:
+                        await next_slice()
+                    _end(pending, outcome(entry_id, missing))
+        except RedisUnavailable as exc:
+            lost = exc
+        if not are_read:
+            await asyncio.wait([executed for _, executed in sent])
+            await self._read_replies(sent, unconfirmed)
+        # Those that were rejected are behind the accepted ones of their channels.
+        rejected, self._again = self._again, []
+        if lost is not None:
+            held = {
+                pending: found for each in unconfirmed.values() for pending, found in each.items()
+            }
+            for pending, entry_id in held.items():
+                if not pending.may_repeat:
+                    _end(pending, outcome(entry_id, f"Redis did not confirm it: {lost}"))
+            self._on_lost([each for batch, _ in sent for each in batch if each in held], lost)
+        self._again += rejected
+        for batch, executed in sent:
+            if failed := executed.exception():
+                self._on_lost(batch, failed)
+
+    async def _read_replies(self, sent: _Sent, unconfirmed: _Unconfirmed) -> None:
+        for batch, executed in sent:
+            if executed.exception() is None:
+                self._on_replies(batch, executed.result(), unconfirmed)
+                await next_slice()
+
+    def _most_ms(self, oldest: _PendingAppend) -> int:
+        """Return how long the confirmations may take, within the time limit of `[publish]`."""
         waited_s = asyncio.get_running_loop().time() - oldest.since
         return max(self._shortest_wait_ms, self._longest_wait_ms - int(waited_s * 1000))
 
@@ -642,12 +758,11 @@ class _Lane:
         self,
         batch: list[_PendingAppend],
         replies: list[object],
-        confirmed: Confirmations,
+        unconfirmed: _Unconfirmed,
     ) -> None:
+        """Handle the replies. Those that need confirmations are added to `unconfirmed`."""
         refused = self._refused()
         for pending, reply in zip(batch, replies, strict=False):
-            if pending.future.done():  # the caller was cancelled
-                continue
             area = UIDS if pending.append.script else PUBLISHING
             if isinstance(reply, bytes):
                 if self._scripts_missing:
@@ -655,6 +770,12 @@ class _Lane:
                 if area in refused:
                     self._refusals.accepted(area)
                     refused = self._refused()
+                durability = pending.append.durability
+                if durability.waits:
+                    unconfirmed.setdefault(durability, {})[pending] = EntryID.parse(reply)
+                    continue
+            elif pending.future.done():  # the caller was cancelled
+                continue
             elif scripts.is_missing(reply):
                 # SCRIPT FLUSH was called. The scripts are loaded again before the next batch.
                 self._scripts_missing = True
@@ -671,11 +792,7 @@ class _Lane:
                 # A key of another type concerns one channel, and its publisher gets the error.
                 self._refusals.refused(area, str(reply))
                 refused = self._refused()
-            result = parse_reply(pending.append, reply, confirmed)
-            if isinstance(result, EntryID):
-                pending.future.set_result(result)
-            else:
-                pending.future.set_exception(result)
+            _end(pending, parse_reply(pending.append, reply, {}))
 
     def _refused(self) -> list[str]:
         return [area for area in (PUBLISHING, UIDS) if self._refusals.has(area)]
@@ -700,6 +817,15 @@ class _Lane:
             else:
                 kept.append(pending)
         self._again = kept
+
+
+def _end(pending: _PendingAppend, result: EntryID | RelayError) -> None:
+    if pending.future.done():
+        return
+    if isinstance(result, EntryID):
+        pending.future.set_result(result)
+    else:
+        pending.future.set_exception(result)
 
 
 def _fail(pending: _PendingAppend, exc: BaseException) -> None:

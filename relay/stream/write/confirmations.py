@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections import deque
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, cast
 
 from relay.core.durability import FAST, Durability
 from relay.core.errors import RedisUnavailable, RelayError, StartError
@@ -24,88 +27,112 @@ _log = logging.getLogger(__name__)
 _COMMANDS: dict[str, tuple[str | int, ...]] = {"replicated": ("WAIT",), "fsynced": ("WAITAOF", 1)}
 
 
-class Confirmations(NamedTuple):
-    """What Redis has confirmed about the appends of one pipeline.
+# The longest command if a connection waits for confirmations of both levels. They take turns.
+_TURN_MS = 20
 
-    `replicas` have received them. `fsynced` are the numbers of primaries (0 or 1) and of replicas
-    that have written them to disk. `wait_ms` is the time that Redis was given. `problem` is an
-    error reply.
+# By durability: what has not been confirmed, or an empty string.
+Missing = Mapping[Durability, str]
+
+
+async def confirmations(
+    connection: PipelineConnection, wanted: Collection[Durability], most_ms: int
+) -> AsyncIterator[tuple[Durability, str]]:
+    """Wait until the last write of the connection has these durabilities, which all wait.
+
+    Yield each durability as soon as its outcome is known, with a text that says what has not been
+    confirmed within its time, or an empty string. All of it takes at most `most_ms`.
+
+    Raises:
+        RedisUnavailable: The connection was lost.
     """
+    loop = asyncio.get_running_loop()
+    begun = loop.time()
+    waited_ms = 0.0
+    left = set(wanted)
+    levels = deque(level for level in _COMMANDS if any(each.level == level for each in left))
+    while levels:
+        same = [each for each in left if each.level == levels[0]]
+        limit = max(1, math.ceil(min(each.wait_ms(most_ms) for each in same) - waited_ms))
+        if len(levels) > 1:
+            limit = min(limit, _TURN_MS)
+        # The lowest number, so that the others need no other command if it is the present one.
+        words = _COMMANDS[levels[0]]
+        command = (*words, min(each.replicas for each in same), limit)
+        (reply,) = await connection.execute([command])
+        texts = {each: _missing(each, each.wait_ms(most_ms), reply) for each in same}
+        is_over = isinstance(reply, ReplyError)
+        # The clock of the server may differ by a millisecond.
+        over_ms = waited_ms + limit if all(texts.values()) else 0.0
+        waited_ms = max(over_ms, (loop.time() - begun) * 1000)
+        for each, text in texts.items():
+            if not text or is_over or each.wait_ms(most_ms) <= waited_ms:
+                left.remove(each)
+                yield each, text
+        if all(each.level != levels[0] for each in left):
+            levels.popleft()
+        levels.rotate()
 
-    replicas: int = 0
-    fsynced: tuple[int, int] = (0, 0)
-    wait_ms: int = 0
-    problem: str = ""
 
-    def missing(self, wanted: Durability) -> str:
-        """Return what has not been confirmed, or an empty string."""
-        within = f"within {wanted.wait_ms(self.wait_ms)} ms"
-        if self.problem and wanted.waits:
-            return f"Redis did not confirm it: {self.problem}"
-        if wanted.level == "replicated" and self.replicas < wanted.replicas:
-            return f"{self.replicas} of {wanted.replicas} replicas have confirmed it {within}"
-        if wanted.level == "fsynced":
-            local, others = self.fsynced
-            if not local:
-                return f"the primary has not written it to disk {within}"
-            if others < wanted.replicas:
-                return f"{others} of {wanted.replicas} replicas have written it to disk {within}"
+def _missing(wanted: Durability, limit_ms: int, reply: object) -> str:
+    """Return what the reply to WAIT or WAITAOF does not confirm."""
+    if isinstance(reply, ReplyError):
+        return f"Redis did not confirm it: {_COMMANDS[wanted.level][0]}: {reply}"
+    within = f"within {limit_ms} ms"
+    if wanted.level == "replicated":
+        replicas = cast("int", reply)
+        if replicas < wanted.replicas:
+            return f"{replicas} of {wanted.replicas} replicas have confirmed it {within}"
         return ""
+    local, replicas = cast("list[int]", reply)
+    if not local:
+        return f"the primary has not written it to disk {within}"
+    if replicas < wanted.replicas:
+        return f"{replicas} of {wanted.replicas} replicas have written it to disk {within}"
+    return ""
 
 
-def confirming(wanted: Collection[Durability], most_ms: int) -> list[RedisCommand]:
-    """Return the commands that wait for the strictest of these durabilities.
-
-    They confirm the last write of their connection. Each wait takes at most `most_ms`.
-    """
-    commands: list[RedisCommand] = []
-    for level, words in _COMMANDS.items():
-        same = [each for each in wanted if each.level == level]
-        if same:
-            limit = max(each.wait_ms(most_ms) for each in same)
-            commands.append((*words, max(each.replicas for each in same), limit))
-    return commands
-
-
-def parse_confirmations(
+async def execute(
+    connection: PipelineConnection,
     commands: Sequence[RedisCommand],
-    replies: Sequence[object],
+    wanted: Collection[Durability],
     most_ms: int,
-) -> Confirmations:
-    """Return what the replies to the commands of `confirming` say. `most_ms`: the longest wait."""
-    found = Confirmations(wait_ms=most_ms)
-    for command, reply in zip(commands, replies, strict=True):
-        if isinstance(reply, ReplyError):
-            found = found._replace(problem=f"{command[0]!s}: {reply}")
-        elif command[0] == "WAIT" and isinstance(reply, int):
-            found = found._replace(replicas=reply)
-        elif command[0] == "WAITAOF" and isinstance(reply, list):
-            found = found._replace(fsynced=(reply[0], reply[1]))
-    return found
+) -> tuple[list[object], Missing]:
+    """Execute a pipeline and wait for the confirmations. Return the replies and what is missing.
+
+    Raises:
+        RedisUnavailable: The connection was lost. Redis may have executed the commands.
+    """
+    executed = cast("asyncio.Future[list[object]]", connection.execute(commands))
+    try:
+        missing = dict([each async for each in confirmations(connection, wanted, most_ms)])
+    except RedisUnavailable:
+        await executed  # raises the error that came first
+        raise
+    except asyncio.CancelledError:
+        executed.cancel()
+        raise
+    return await executed, missing
 
 
-async def confirm(
-    written: Connections, wanted: Collection[Durability], most_ms: int
-) -> Confirmations:
+async def confirm(written: Connections, wanted: Collection[Durability], most_ms: int) -> Missing:
     """Wait until the last writes on these connections have these durabilities.
 
-    `written`: of `ShardLinks.connections_of`. Return what the first server has confirmed that has
-    not confirmed all, or else the last one.
+    `written`: of `ShardLinks.connections_of`. Return what is missing on the first server that has
+    not confirmed all, or else on the last one.
     """
-    waits = confirming(wanted, most_ms)
-    found = Confirmations(wait_ms=most_ms)
+    missing: Missing = {}
     for connection in written.values():
-        if connection is None:
-            found = found._replace(problem="the connection was lost")
-            break
-        try:
-            found = parse_confirmations(waits, await connection.execute(waits), most_ms)
-        except RedisUnavailable as exc:
-            found = found._replace(problem=str(exc))
-            break
-        if any(found.missing(each) for each in wanted):
-            break
-    return found
+        problem = "the connection was lost"
+        if connection is not None:
+            try:
+                _, missing = await execute(connection, [], wanted, most_ms)
+                if any(missing.values()):
+                    break
+                continue
+            except RedisUnavailable as exc:
+                problem = str(exc)
+        return dict.fromkeys(wanted, f"Redis did not confirm it: {problem}")
+    return missing
 
 
 def probe(level: str) -> RedisCommand:
@@ -160,9 +187,9 @@ class UnconfirmedLog:
         self._source = source
         self._count = 0
 
-    def report(self, wanted: Iterable[Durability], confirmed: Confirmations) -> None:
+    def report(self, confirmed: Missing) -> None:
         """Log the first of several batches that were appended but not confirmed."""
-        missing = next(filter(None, map(confirmed.missing, wanted)), "")
+        missing = next(filter(None, confirmed.values()), "")
         if missing:
             self._count += 1
             if self._count == 1:

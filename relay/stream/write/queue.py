@@ -26,7 +26,7 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script, is_missing, load
 from relay.stream.write.append import APPEND_FUNCTION
-from relay.stream.write.confirmations import Confirmations, confirming, parse_confirmations
+from relay.stream.write.confirmations import execute
 from relay.stream.write.control import at_field
 from relay.stream.write.dead_letters import KEEP
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from relay.core.model import Channel
     from relay.stream.connection.pipeline_connection import PipelineConnection
     from relay.stream.format.keys import Keys
+    from relay.stream.write.confirmations import Missing
 
 
 # KEYS: the participants, then the leases. ARGV: holder, time to live in ms (0: release all).
@@ -206,15 +207,13 @@ class CommandQueues:
         failed = await self._call("EVALSHA", APPLY.sha, len(keys), *keys, *words)
         return None if failed == -1 else cast(int, failed)
 
-    async def confirm(
-        self, _queue: str, wanted: Collection[Durability], most_ms: int
-    ) -> Confirmations:
+    async def confirm(self, _queue: str, wanted: Collection[Durability], most_ms: int) -> Missing:
         """Wait until the entries of the queue's last `apply` have these durabilities.
 
-        The wait takes at most `most_ms`.
+        Return what is missing. The wait takes at most `most_ms`.
         """
-        waits = confirming(wanted, most_ms)
-        return parse_confirmations(waits, await self._connection.execute(waits), most_ms)
+        _, missing = await execute(self._connection, [], wanted, most_ms)
+        return missing
 
     async def _call(self, *words: bytes | str | int) -> object:
         (reply,) = await self._connection.execute([words])

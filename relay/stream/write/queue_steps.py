@@ -34,7 +34,7 @@ from relay.stream.connection.connect import CommandRefused
 from relay.stream.connection.pipeline_connection import ReplyError
 from relay.stream.connection.scripts import Script
 from relay.stream.write.append import APPEND_FUNCTION
-from relay.stream.write.confirmations import Confirmations, confirm
+from relay.stream.write.confirmations import confirm
 from relay.stream.write.control import at_field
 from relay.stream.write.dead_letters import KEEP
 from relay.stream.write.queue import HOLD, Head, Operation
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from relay.stream.format.keys import Keys
     from relay.stream.shards.links import Connections, ShardLinks
     from relay.stream.shards.shard import Shard
+    from relay.stream.write.confirmations import Missing
 
 _log = logging.getLogger(__name__)
 
@@ -230,9 +231,7 @@ class SteppedQueues:
             return failed if _checked(done) else None
         return None
 
-    async def confirm(
-        self, queue: str, wanted: Collection[Durability], most_ms: int
-    ) -> Confirmations:
+    async def confirm(self, queue: str, wanted: Collection[Durability], most_ms: int) -> Missing:
         """See `CommandQueues.confirm`."""
         return await confirm(self._written[queue], wanted, most_ms)
 
