@@ -225,6 +225,36 @@ def test_a_reconnect_storm_is_queued_by_the_kernel(run: Run) -> None:
     run(main())
 
 
+def test_a_turn_of_the_loop_accepts_several_clients_of_a_storm(run: Run) -> None:
+    """Clients of the same turn share pipelines to Redis. libuv accepts one client per handle."""
+
+    async def main() -> None:
+        async with _guarded() as site, ClientSession() as session:
+            accepted: list[socket.socket] = []
+
+            def give(connection: socket.socket) -> bool:
+                accepted.append(connection)
+                return True
+
+            site.give = give
+            with ExitStack() as stack:
+                for _ in range(64):
+                    stack.enter_context(
+                        socket.create_connection(("127.0.0.1", site.port), timeout=30)
+                    )
+                for _ in range(32):
+                    await asyncio.sleep(0)
+            assert len(accepted) == 64
+            site.give = None
+            async with session.get(f"http://127.0.0.1:{site.port}/") as answer:
+                assert await answer.text() == "here"
+            await site.stop()
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.1", site.port), timeout=30)
+
+    run(main())
+
+
 def test_rejections_are_counted_and_logged_with_one_text(
     run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
