@@ -333,14 +333,14 @@ class _Lanes:
         else:
             self._fast.add(pending)
             return
+        if len(self) >= _MAX_WAITING:
+            raise Unavailable(_TOO_MANY)
         after = None if usual.waits or count else self._fast.last
         if after is None:
             after = self._held[-1][0] if self._held else None
         if after is None:
             lane.add(pending)
         else:
-            if len(self._held) >= _MAX_WAITING:
-                raise Unavailable(_TOO_MANY)
             self._held.append((after, lane, pending))
             after.add_done_callback(self._release)
         self._pending[channel] = lane, count + 1
@@ -721,8 +721,11 @@ class _Lane:
     def _on_lost(self, batch: list[_PendingAppend], exc: BaseException) -> None:
         """Send the appends again that may be repeated. Fail the others."""
         again = []
+        # An append may have waited for others that were lost.
+        earliest = asyncio.get_running_loop().time() - 2 * self._redis.command_timeout_s
         for pending in batch:
-            if pending.may_repeat and self._keeps_order(pending, exc):
+            may_repeat = pending.may_repeat and pending.since > earliest
+            if may_repeat and self._keeps_order(pending, exc):
                 pending.may_repeat = False
                 again.append(pending)
             else:
