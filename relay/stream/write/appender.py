@@ -615,11 +615,10 @@ class _Lane:
         self._sent = ended = asyncio.get_running_loop().create_future()
         sent: _Sent = []
         try:
-            if waiting := self._unsent():
-                most_ms = self._most_ms(waiting[0])
-                await self._send_waiting(connection, problems, sent)
-                if sent:
-                    await self._confirm(connection, sent, most_ms)
+            most_ms = self._most_ms(self._unsent())
+            await self._send_waiting(connection, problems, sent)
+            if sent:
+                await self._confirm(connection, sent, most_ms)
         except BaseException:
             for batch, executed in sent:
                 executed.cancel()
@@ -691,9 +690,10 @@ class _Lane:
                 self._on_replies(batch, executed.result(), unconfirmed)
                 await next_slice()
 
-    def _most_ms(self, oldest: _PendingAppend) -> int:
+    def _most_ms(self, waiting: Sequence[_PendingAppend]) -> int:
         """Return how long the confirmations may take, within the time limit of `[publish]`."""
-        waited_s = asyncio.get_running_loop().time() - oldest.since
+        now = asyncio.get_running_loop().time()
+        waited_s = now - waiting[0].since if waiting else 0.0
         return max(self._shortest_wait_ms, self._longest_wait_ms - int(waited_s * 1000))
 
     def _in_order(self, appends: Sequence[Append]) -> list[RedisCommand]:
