@@ -239,6 +239,9 @@ class ShardReaders:
         if source not in self._signs:
             self._signs.add(source)
             self._new_sign.set()
+        self._look_longer()
+
+    def _look_longer(self) -> None:
         self._look_until = asyncio.get_running_loop().time() + _SIGN_S
         self._look.set()
 
@@ -264,7 +267,8 @@ class ShardReaders:
                 for reader in list(self._readers.values()):
                     reader.unpark()
                 if self._problem or self._awaits_promotion():
-                    self.look()
+                    # This is not a new sign, which would end each pause.
+                    self._look_longer()
                 if await self._pause(backoff) or loop.time() < self._look_until:
                     continue
                 self._signs.clear()

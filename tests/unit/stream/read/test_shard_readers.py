@@ -279,6 +279,23 @@ async def test_the_replica_of_a_primary_that_is_away_is_found_when_it_is_promote
         running.cancel()
 
 
+async def test_a_primary_that_stays_away_does_not_shorten_the_pauses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(shard_readers, "_FIRST_LOOK_S", 300.0)
+    monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 300.0)
+    shard = OneShard("away")
+    shard_map, made = Map([shard]), dict[str, Reader]()
+    shard_map.slots = [shard] * SLOTS
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(readers_of(shard_map, made).run())
+        await until(lambda: "away" in made)
+        await asyncio.sleep(20 * shard_readers._SHORTEST_PAUSE_S)
+        assert not made["away"].is_connected()
+        assert shard_map.refreshes == 1
+        running.cancel()
+
+
 async def test_the_first_sign_of_another_shard_ends_the_pause(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
