@@ -8,6 +8,7 @@ node has a newer one.
 from __future__ import annotations
 
 import asyncio
+import math
 from binascii import crc_hqx
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -26,6 +27,9 @@ from relay.stream.shards.shard import SITE_TAG, SLOTS, Shard, slot_of
 if TYPE_CHECKING:
     from relay.config.settings import RedisSettings
     from relay.stream.connection.connect import RedisEndpoint
+
+# New connections use slots that were read this long ago.
+_LOCATED_S = 0.5
 
 
 class PrimaryShard:
@@ -49,7 +53,8 @@ class PrimaryShard:
 
     async def locate(self) -> RedisEndpoint:
         """See `Shard`. RedisUnavailable if the server is no longer a primary with slots."""
-        await self._owner.refresh()
+        # Many connections to a server that is away are retried at the same time.
+        await self._owner.refresh(max_age_s=_LOCATED_S)
         if self not in self._owner.shards:
             raise RedisUnavailable(f"{self.name} is no longer a primary of the Redis Cluster")
         return self.endpoint()
@@ -81,7 +86,9 @@ class ClusterMap:
         self._tags: dict[PrimaryShard, str] = {}
         self._epoch = -1
         self._lock = asyncio.Lock()
-        self._read_at = -1.0
+        # When the slots were last read, and why this has failed.
+        self._read_at = -math.inf
+        self._problem = ""
 
     @property
     def shards(self) -> Sequence[PrimaryShard]:
@@ -121,21 +128,30 @@ class ClusterMap:
             self._tags[shard] = tag
         return tag
 
-    async def refresh(self) -> None:
+    async def refresh(self, max_age_s: float = 0.0) -> None:
         """Read the slots from the first node that has a complete and current view.
+
+        Do nothing if they were read less than `max_age_s` before, and raise the error if this has
+        failed.
 
         Raises:
             RedisUnavailable: No node has a complete view.
             StartError: The server is not part of a Redis Cluster. Only until the first success.
         """
         loop = asyncio.get_running_loop()
-        wanted_at = loop.time()
+        wanted_at = loop.time() - max_age_s
         async with self._lock:
-            if self._read_at >= wanted_at:
-                return  # another call has begun to read after this one was made
-            begun_at = loop.time()
-            self._apply(await self._read())
-            self._read_at = begun_at
+            # Another call may have begun to read after this one was made.
+            if self._read_at < wanted_at:
+                begun_at = loop.time()
+                try:
+                    self._apply(await self._read())
+                    self._problem = ""
+                except RedisUnavailable as exc:
+                    self._problem = str(exc)
+                self._read_at = begun_at
+            if self._problem:
+                raise RedisUnavailable(self._problem)
 
     async def _read(self) -> _View:
         seeds = cluster_seeds(self._settings)
