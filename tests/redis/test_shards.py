@@ -713,6 +713,35 @@ async def test_a_slot_without_a_server_is_unavailable_until_it_has_one(
                 await asyncio.sleep(0.05)
 
 
+async def test_a_pipeline_to_a_server_that_is_away_fails(cluster: RedisCluster) -> None:
+    key = b"{a server that is away}"
+    owner = cluster.servers[await asyncio.to_thread(cluster.owner_of, key)]
+
+    async def write(client: RedisClient) -> list[object]:
+        async with pipelined(client) as pipeline:
+            pipeline.execute_command("SET", key, "1")
+            # Errors of commands are returned.
+            pipeline.execute_command("XLEN", key)
+            return await pipeline.execute(raise_on_error=False)
+
+    async with shard_clients(cluster.settings()) as clients:
+        await command(clients.for_key(key), "SET", key, "0")
+        owner.kill()
+        try:
+            with pytest.raises(RedisUnavailable):
+                await write(clients.for_key(key))
+        finally:
+            await asyncio.to_thread(owner.start)
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(RedisUnavailable):
+                    done, refused = await write(clients.for_key(key))
+                    break
+                await asyncio.sleep(0.05)
+        assert done
+        assert isinstance(refused, ResponseError)
+
+
 async def test_a_transaction_does_not_wait_for_the_slots_to_be_read(
     cluster: RedisCluster,
 ) -> None:
