@@ -160,20 +160,22 @@ class DirectSender(Sender):
 
     async def _connected(self, shard: Shard) -> PipelineConnection:
         async with self._opening:
-            if shard not in self._connections:
-                connection = await PipelineConnection.open(
-                    await shard.locate(),
-                    settings=self._settings,
-                    on_lost=lambda _: self._drop(shard, connection),
-                    name="relay-producer",
-                    check_primary=False,
-                )
-                self._connections[shard] = connection
-                if self._load_script:
-                    with contextlib.suppress(CommandRefused):
-                        await load(connection, APPEND_ONCE)
-                        self._scripted.add(connection)
-            return self._connections[shard]
+            if (known := self._connections.get(shard)) is not None:
+                return known
+            connection = await PipelineConnection.open(
+                await shard.locate(),
+                settings=self._settings,
+                on_lost=lambda _: self._drop(shard, connection),
+                name="relay-producer",
+                check_primary=False,
+            )
+            self._connections[shard] = connection
+            if self._load_script:
+                with contextlib.suppress(CommandRefused):
+                    await load(connection, APPEND_ONCE)
+                    self._scripted.add(connection)
+            # It may be lost by now. Then the caller's commands fail.
+            return connection
 
     def _drop(self, shard: Shard, connection: PipelineConnection) -> None:
         self._scripted.discard(connection)
