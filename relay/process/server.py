@@ -19,7 +19,7 @@ from relay.transports.socket.handshakes import Handshakes
 from relay.transports.socket.http_connection import KEEPALIVE_S, ConnectionLimits, OnRejected
 from relay.transports.socket.listener import GuardedSite
 from relay.transports.socket.precedence import FallbackRoute, in_order, without_repeated
-from relay.transports.socket.take_over import drop, end_rejected_upgrade
+from relay.transports.socket.take_over import drop
 
 if TYPE_CHECKING:
     from aiohttp.typedefs import Middleware
@@ -87,7 +87,7 @@ class Server:
         """
         self._limits = limits
         self._scrape = exposition
-        self._middlewares = [end_rejected_upgrade, *middlewares]
+        self._middlewares = list(middlewares)
         self._ready = ready
         self._runners: list[web.AppRunner] = []
         self._sites: list[GuardedSite] = []

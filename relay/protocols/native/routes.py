@@ -255,15 +255,13 @@ class MountedNative(Mounted):
         try:
             last = _position(request)
             channels = _channels(request, self._settings.channels_per_connection)
-            if last:
-                cursor.decode(last, channels)
+            positions = cursor.decode(last, channels) if last else {}
         except (ClientError, Unavailable) as exc:
             client.send_error(exc, names[0] if len(names) == 1 else None)
             return
         for channel in channels:
             try:
-                command = commands.SubscribeCommand(channel=channel, last_event_id=last or None)
-                client.subscribe(command)
+                client.subscribe(channel, positions.get(channel))
             except (ClientError, Unavailable) as exc:
                 client.send_error(exc, channel)
 

@@ -24,7 +24,7 @@ from relay.protocols.native import commands, encoders
 from relay.transports.socket.websocket import frame_close, frame_text
 
 if TYPE_CHECKING:
-    from relay.core.model import Channel
+    from relay.core.model import Channel, Position
     from relay.doorkit.contract import DoorContext
     from relay.hub.session import Outbox, Session, Subscription
     from relay.protocols.native.settings import NativeSettings
@@ -97,7 +97,9 @@ class WsClient(Client):
         hub = self._context.hub
         match command:
             case commands.SubscribeCommand():
-                self.subscribe(command)
+                last = command.last_event_id
+                positions = {} if last is None else cursor.decode(last, [command.channel])
+                self.subscribe(command.channel, positions.get(command.channel), command.ref)
             case commands.UnsubscribeCommand():
                 hub.unsubscribe(session, command.channel)
                 self._refs.pop(command.channel, None)
@@ -113,7 +115,9 @@ class WsClient(Client):
             case commands.PingCommand():
                 self._send(encoders.reply_object("ping", command.ref))
 
-    def subscribe(self, command: commands.SubscribeCommand) -> None:
+    def subscribe(
+        self, channel: Channel, position: Position | None, ref: commands.Ref = None
+    ) -> None:
         """Start a subscription. The reply is sent by `subscribed` or `refused`."""
         session = self.session
         if session is None:
@@ -121,15 +125,11 @@ class WsClient(Client):
         most = self._settings.channels_per_connection
         if len(session.subscriptions) + len(session.reserved) >= most:
             raise LimitExceeded(f"more than {most} channels on one connection")
-        position = None
-        if command.last_event_id is not None:
-            found = cursor.decode(command.last_event_id, [command.channel])
-            position = found.get(command.channel)
-        if problem := self._context.not_reading([command.channel]):
+        if problem := self._context.not_reading([channel]):
             raise Unavailable(problem)
-        self._context.subscribe(session, command.channel, position)
-        if command.ref is not None:
-            self._refs[command.channel] = command.ref
+        self._context.subscribe(session, channel, position)
+        if ref is not None:
+            self._refs[channel] = ref
 
     # ---- from the hub (relay.hub.session.Client) --------------------------------------------
 

@@ -151,17 +151,16 @@ class ShardReaders:
         shards = {self._shard_of(channel) for channel in channels}
         if not shards:
             return any(reader.is_connected() for reader in self._readers.values())
-        is_late = not self.ready()
-        return all(shard is not None and self._serves(shard, is_late=is_late) for shard in shards)
+        return all(shard is not None and self._serves(shard) for shard in shards)
 
-    def _serves(self, shard: Shard, *, is_late: bool) -> bool:
+    def _serves(self, shard: Shard) -> bool:
         reader = self._readers.get(shard)
         if reader is None:
             # The map names a primary whose reader will be started after the next read of the map.
             return not self._problem
         if reader.is_connected():
             # A frozen server is still connected. If no reader is ready, this worker is only late.
-            return not reader.refusals.cannot_read and (is_late or not reader.is_silent())
+            return not reader.refusals.cannot_read and not (reader.is_silent() and self.ready())
         return asyncio.get_running_loop().time() < self._promoted_until.get(shard, 0.0)
 
     def connected(self) -> dict[str, bool]:

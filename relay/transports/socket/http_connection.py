@@ -445,6 +445,13 @@ class HttpConnection(RequestHandler):
     async def finish_response(
         self, request: BaseRequest, resp: StreamResponse, start_time: float | None
     ) -> tuple[StreamResponse, bool]:
+        # After `take_over` and `release` there is no transport.
+        if self._upgraded and self.transport is not None:
+            # The upgrade was not accepted, and the data after the request is not HTTP: Pydio's PHP
+            # client sends eight random bytes, others send their first frames. aiohttp would parse
+            # it as the next request and log an error.
+            self._message_tail = b""
+            self.close()
         if not request.content.is_eof():
             self._ends_early = True
             resp.force_close()

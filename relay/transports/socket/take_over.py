@@ -22,7 +22,6 @@ from relay.transports.socket.bodies import BodyRejected, read_body
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
-    from aiohttp.typedefs import Handler
     from aiohttp.web_request import BaseRequest
 
     from relay.core.connection import ConnectionInfo
@@ -171,23 +170,6 @@ def connection_of(request: web.Request) -> ConnectionInfo:
 def is_secure(request: web.Request) -> bool:
     """Return True if the client uses TLS, to relay or to a trusted proxy."""
     return cast("HttpConnection", request.protocol).is_secure(request)
-
-
-@web.middleware
-async def end_rejected_upgrade(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Close the connection after the answer to an upgrade that was not accepted.
-
-    The data after such a request is not HTTP: Pydio's PHP client sends eight random bytes, others
-    send their first frames. aiohttp would parse it as the next request and log an error.
-    """
-    try:
-        return await handler(request)
-    finally:
-        protocol = request.protocol
-        # After `take_over` and `release` there is no transport.
-        if protocol._upgraded and protocol.transport is not None:
-            protocol._message_tail = b""
-            protocol.close()
 
 
 def drop(request: web.Request) -> web.StreamResponse:

@@ -461,6 +461,24 @@ def test_headers_that_do_not_end_are_limited(run: Run) -> None:
     run(main())
 
 
+@pytest.mark.parametrize("rest", [b"\x8f\x01\xfa\x00\x17\xee\x90\xc3", masked(1, b"hello"), PING])
+def test_data_behind_a_rejected_upgrade_is_not_parsed(
+    run: Run, caplog: pytest.LogCaptureFixture, rest: bytes
+) -> None:
+    """Pydio's PHP client sends eight random bytes, others send their first frames."""
+
+    async def main() -> None:
+        request = HANDSHAKE.replace(b"GET /", b"GET /nowhere")
+        async with serving() as site, raw_client(site.port, request + rest) as (reader, writer):
+            assert (await head_of(reader)).startswith(b"HTTP/1.1 404 ")
+            writer.write(rest)
+            assert b"HTTP/1.1" not in await closed(reader)
+
+    with caplog.at_level(logging.INFO):
+        run(main())
+    assert caplog.text == ""
+
+
 @pytest.mark.parametrize("reset", [True, False])
 def test_a_client_that_disconnects_at_any_time_leaves_nothing_in_the_log(
     run: Run, caplog: pytest.LogCaptureFixture, reset: bool
