@@ -6,8 +6,6 @@ texts never contain the token or a part of it, so that they can be logged and se
 
 from __future__ import annotations
 
-import contextlib
-import hmac
 import json
 import math
 import re
@@ -18,7 +16,6 @@ from typing import Any
 from jwt.algorithms import Algorithm, HMACAlgorithm
 from jwt.api_jws import PyJWS
 from jwt.exceptions import InvalidAlgorithmError, InvalidSignatureError, PyJWTError
-from jwt.utils import base64url_decode, base64url_encode
 from typing_extensions import override
 
 from relay.config.settings import JwtSettings
@@ -28,8 +25,6 @@ from relay.core.model import Principal, parse_channel
 # Limit the number of channels and groups, because each check of a client's rights iterates over
 # them.
 LIMIT_NAMES = 1000
-# Headers that are stored once a valid token had them. Most sites have one or two.
-_MOST_HEADERS = 16
 # RFC 7518 section 3.2 requires the size of the hash, and PyJWT warns below it. The systems that
 # sign these tokens use shorter secrets. Below 128 bits a secret can be guessed from a token.
 MIN_SECRET_BYTES = 16
@@ -62,8 +57,6 @@ class TokenReader:
             self._algorithm = _Hmac(self._algorithm.hash_alg)
             self._jws.register_algorithm(name, self._algorithm)
         self._settings = settings
-        # Headers of valid HMAC tokens, encoded as in the token.
-        self._headers: set[str] = set()
         self._keys = _keys(settings, self._algorithm, source)
 
     def read(self, token: str, *, now: Callable[[], float] = time.time) -> Principal:
@@ -110,41 +103,23 @@ class TokenReader:
 
     def _payload(self, token: str) -> dict[str, Any]:
         # Use `from None`: the texts of the library quote parts of the token.
-        try:
-            payload = json.loads(self._verified(token))
-        except InvalidSignatureError:
-            raise Unauthorized("invalid token signature") from None
-        except InvalidAlgorithmError:
-            raise Unauthorized(f"the token is not signed with {self._settings.algorithm}") from None
-        except (PyJWTError, ValueError, RecursionError):
-            raise Unauthorized("the token cannot be decoded") from None
-        if not isinstance(payload, dict):
-            raise Unauthorized("the token's payload is not a JSON object")
-        return payload
-
-    def _verified(self, token: str) -> bytes:
-        """Return the payload of a token that is signed with one of the keys.
-
-        PyJWS parses and checks the header of each token, which takes twice as long as all the rest.
-        In a reconnect storm all tokens have the same header. So a token with a header that PyJWS
-        has accepted before is valid if its HMAC is. PyJWS decides about all others.
-        """
-        header = token.partition(".")[0]
-        if header in self._headers and isinstance(self._algorithm, _Hmac):
-            signed, _, signature = token.rpartition(".")
-            for key in self._keys:
-                found = hmac.digest(key, signed.encode(), self._algorithm.hash_alg)
-                # PyJWS also accepts signatures with padding.
-                if hmac.compare_digest(base64url_encode(found), signature.encode()):
-                    return base64url_decode(signed[len(header) + 1 :])
         for key in self._keys:
-            with contextlib.suppress(InvalidSignatureError):
-                algorithms = [self._settings.algorithm]
-                payload: bytes = self._jws.decode(token, key=key, algorithms=algorithms)
-                if isinstance(self._algorithm, _Hmac) and len(self._headers) < _MOST_HEADERS:
-                    self._headers.add(header)
-                return payload
-        raise InvalidSignatureError
+            try:
+                payload = json.loads(
+                    self._jws.decode(token, key=key, algorithms=[self._settings.algorithm])
+                )
+            except InvalidSignatureError:
+                continue
+            except InvalidAlgorithmError:
+                raise Unauthorized(
+                    f"the token is not signed with {self._settings.algorithm}"
+                ) from None
+            except (PyJWTError, ValueError, RecursionError):
+                raise Unauthorized("the token cannot be decoded") from None
+            if not isinstance(payload, dict):
+                raise Unauthorized("the token's payload is not a JSON object")
+            return payload
+        raise Unauthorized("invalid token signature")
 
     def claims(self, token: str) -> tuple[dict[str, Any], float | None]:
         """Return the claims of a token and the time of its expiry (seconds since the epoch).
