@@ -428,6 +428,28 @@ async def test_a_channel_keeps_its_order_whatever_durability_its_requests_choose
             assert await slow
 
 
+async def test_a_cancelled_caller_does_not_change_the_order(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    wanted = Durability.parse("replicated:1:1000")
+    with replicated(tmp_path, flavour) as (primary, replica), primary.client() as admin:
+        async with appending(primary, keys, timeout_s=10) as appender:
+            replica.freeze()
+            before = appender.append(Channel("other"), [b"data", b"1"], durability=wanted)
+            while not admin.info("clients")["blocked_clients"]:
+                await asyncio.sleep(0.01)
+            cancelled = appender.append(NEWS, [b"data", b"1"], durability=wanted)
+            await asyncio.sleep(0)
+            cancelled.cancel()
+            await asyncio.sleep(0)
+            await appender.append(NEWS, [b"data", b"2"])
+            with pytest.raises(NotDurable):
+                await before
+            found = [fields[b"data"] for _, fields in admin.xrange(keys.stream(NEWS))]
+            assert found == [b"1", b"2"]
+            replica.thaw()
+
+
 async def test_a_publisher_outside_relay_chooses_a_durability_as_well(
     tmp_path: Path, flavour: Flavour, keys: Keys
 ) -> None:

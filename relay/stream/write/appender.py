@@ -183,17 +183,21 @@ class Appender:
         )
         usual = append.durability if durability is None else self._commands.durability(channel)
         pending = _PendingAppend(channel, append, usual)
+        future = pending.future
+        if append.durability.waits:
+            # If its caller is cancelled, the lane must still know that it has not been sent.
+            future = asyncio.shield(future)
         if self._moving and (slot := slot_of(append.stream)) in self._moving:
             later = self._moving[slot].later
             if len(later) >= _MAX_WAITING:
                 raise Unavailable(_TOO_MANY)
             later.append(pending)
-            return pending.future
+            return future
         try:
             self._lanes_of(pending).add(pending)
         except RedisUnavailable as exc:
             pending.future.set_exception(exc)
-        return pending.future
+        return future
 
     def _lanes_of(self, pending: _PendingAppend) -> _Lanes:
         shard = self._shards.shard_of(pending.append.stream)
