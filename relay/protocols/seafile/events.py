@@ -89,13 +89,16 @@ class EventsHandler:
     async def _append(self, event: SeafEvent) -> None:
         to = await self._recipients(event)
         commit = event.commit.encode()
-        await self._service.context.publish(
-            event.channel,
-            event.content,
-            type=event.type,
-            to=to,
-            extra={event_format.COMMIT: commit} if commit else None,
-            unless_latest=event_format.COMMIT if commit else None,
+        # Seafile does not send the event again, so append it even if the response is late.
+        await asyncio.shield(
+            self._service.context.publish(
+                event.channel,
+                event.content,
+                type=event.type,
+                to=to,
+                extra={event_format.COMMIT: commit} if commit else None,
+                unless_latest=event_format.COMMIT if commit else None,
+            )
         )
 
     async def _recipients(self, event: SeafEvent) -> list[str] | None:

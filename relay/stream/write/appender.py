@@ -169,7 +169,8 @@ class Appender:
     ) -> asyncio.Future[EntryID]:
         """Append an entry and return its ID; for the arguments see `AppendCommands.build`.
 
-        Appends to one channel are carried out in the order of the calls.
+        Appends to one channel are carried out in the order of the calls. One whose caller is
+        cancelled before it was sent is not carried out.
 
         Raises:
             Unavailable: Too many appends are waiting. Raised at once, as is LimitExceeded.
@@ -183,21 +184,17 @@ class Appender:
         )
         usual = append.durability if durability is None else self._commands.durability(channel)
         pending = _PendingAppend(channel, append, usual)
-        future = pending.future
-        if append.durability.waits:
-            # If its caller is cancelled, the lane must still know that it has not been sent.
-            future = asyncio.shield(future)
         if self._moving and (slot := slot_of(append.stream)) in self._moving:
             later = self._moving[slot].later
             if len(later) >= _MAX_WAITING:
                 raise Unavailable(_TOO_MANY)
             later.append(pending)
-            return future
+            return pending.future
         try:
             self._lanes_of(pending).add(pending)
         except RedisUnavailable as exc:
             pending.future.set_exception(exc)
-        return future
+        return pending.future
 
     def _lanes_of(self, pending: _PendingAppend) -> _Lanes:
         shard = self._shards.shard_of(pending.append.stream)
@@ -505,7 +502,9 @@ class _Lane:
         No await may follow before they are sent: `take` and `until_answered` must find each append.
         """
         waiting = self._unsent()
-        batch, self._waiting = waiting[:_BATCH], waiting[_BATCH:]
+        # Later ones no longer wait for an append whose caller was cancelled.
+        batch = [pending for pending in waiting[:_BATCH] if not pending.future.done()]
+        self._waiting = waiting[_BATCH:]
         if not self._waiting:
             self._work.clear()
         if problems or self._scripts_refused is not None:
