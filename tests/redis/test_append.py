@@ -479,6 +479,24 @@ async def test_a_publisher_outside_relay_chooses_a_durability_as_well(
             assert admin.xlen(keys.stream(NEWS)) == 3
 
 
+async def test_appends_that_arrive_during_a_wait_have_enough_time(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    # A replica reports once per second what it has written to disk.
+    with replicated(tmp_path, flavour) as (primary, _):
+        if not primary.has("waitaof"):
+            pytest.skip("no WAITAOF")
+        async with appending(primary, keys, durability="fsynced:1") as appender:
+            appends = []
+            for _ in range(50):
+                appends.append(appender.append(NEWS, [b"data", b"1"]))
+                await asyncio.sleep(0.05)
+            await asyncio.wait(appends)
+        missed = [each for each in appends if isinstance(each.exception(), NotDurable)]
+        # Tolerate some on a busy machine. Half of them had too little time.
+        assert len(missed) < len(appends) / 5
+
+
 async def test_events_are_on_disk_or_the_answer_says_why_not(
     tmp_path: Path, flavour: Flavour, keys: Keys
 ) -> None:

@@ -388,6 +388,8 @@ class _Lane:
         self._longest_wait_ms = int(redis.command_timeout_s * 800)
         # An append that has waited for the one before is still given this time.
         self._shortest_wait_ms = int(redis.command_timeout_s * 200)
+        # The last wait has confirmed something.
+        self._has_confirmed = True
         self._connection: PipelineConnection | None = None
         # The reply if Redis has rejected the scripts for appends with a uid.
         self._scripts_refused: CommandRefused | None = None
@@ -660,7 +662,9 @@ class _Lane:
             async for durability, missing in confirmations(connection, wanted, most_ms):
                 if not are_read:
                     are_read = True
+                    self._has_confirmed = False
                     await self._read_replies(sent, unconfirmed)
+                self._has_confirmed |= not missing
                 for count, (pending, entry_id) in enumerate(
                     unconfirmed.pop(durability, {}).items()
                 ):
@@ -695,8 +699,10 @@ class _Lane:
 
     def _most_ms(self, waiting: Sequence[_PendingAppend]) -> int:
         """Return how long the confirmations may take, within the time limit of `[publish]`."""
-        now = asyncio.get_running_loop().time()
-        waited_s = now - waiting[0].since if waiting else 0.0
+        if self._has_confirmed or not waiting:
+            # The next one may take as long, for example if Redis writes to disk once per second.
+            return self._longest_wait_ms
+        waited_s = asyncio.get_running_loop().time() - waiting[0].since
         return max(self._shortest_wait_ms, self._longest_wait_ms - int(waited_s * 1000))
 
     def _in_order(self, appends: Sequence[Append]) -> list[RedisCommand]:
