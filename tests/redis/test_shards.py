@@ -778,6 +778,24 @@ async def test_a_transaction_does_not_wait_for_the_slots_to_be_read(
         assert await command(client, "GET", key) == b"2"
 
 
+async def test_a_slot_on_its_way_to_a_new_server_is_served(tmp_path: Path) -> None:
+    key, loop = b"{moved to a new server}", asyncio.get_running_loop()
+    with running_cluster(RedisCluster(tmp_path, primaries=1)) as cluster:
+        async with shard_clients(cluster.settings()) as clients:
+            client = clients.for_key(key)
+            await command(client, "SET", key, "1")
+            added = await asyncio.to_thread(cluster.add)
+            found: dict[str, object] = {}
+
+            def read(step: str) -> None:
+                reading = command(client, "GET", key)
+                found[step] = asyncio.run_coroutine_threadsafe(reading, loop).result(30)
+
+            await asyncio.to_thread(cluster.move, key, added, read)
+            assert found["keys moved"] == b"1"
+            assert set(found.values()) == {b"1"}
+
+
 async def test_servers_without_slots_are_unavailable_until_they_have_them(tmp_path: Path) -> None:
     options = "--cluster-enabled", "yes", "--cluster-port", str(free_port())
     server = Server(tmp_path, acl=False, options=options)

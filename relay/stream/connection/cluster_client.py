@@ -15,6 +15,7 @@ from redis.asyncio.cluster import (
     NodesManager,
     PipelineStrategy,
 )
+from redis.cluster import PRIMARY
 from redis.exceptions import RedisClusterException, ResponseError
 from typing_extensions import override
 
@@ -56,6 +57,18 @@ class ClusterClient(RedisCluster):
             self._initialize = False
             return self
         return await super().initialize(additional_startup_nodes_info, last_failed_node_name)
+
+    @override
+    def get_node(
+        self, host: str | None = None, port: int | None = None, node_name: str | None = None
+    ) -> ClusterNode | None:
+        node = super().get_node(host, port, node_name)
+        if node is None and node_name:
+            # The target of ASK. redis-py 8.1 has no server that had no slot when it read them.
+            host, _, after = node_name.rpartition(":")
+            node = ClusterNode(host, int(after), PRIMARY, **self.connection_kwargs)
+            self._servers.set_nodes(self._servers.nodes_cache, {node.name: node})
+        return node
 
     @override
     def pipeline(self, transaction: Any = None, shard_hint: Any = None) -> ClusterPipeline:
