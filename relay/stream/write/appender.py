@@ -40,7 +40,7 @@ from relay.stream.write.append import (
     outcome,
     parse_reply,
 )
-from relay.stream.write.confirmations import confirmations, unconfirmable
+from relay.stream.write.confirmations import Confirming, unconfirmable
 
 if TYPE_CHECKING:
     from relay.config.settings import NamespaceSettings, PublishSettings, RedisSettings
@@ -659,18 +659,20 @@ class _Lane:
         lost: RedisUnavailable | None = None
         are_read = False
         try:
-            async for durability, missing in confirmations(connection, wanted, most_ms):
+            confirming = Confirming(connection, wanted, most_ms)
+            while confirming.left:
+                known = await confirming.step()
                 if not are_read:
                     are_read = True
                     self._has_confirmed = False
                     await self._read_replies(sent, unconfirmed)
-                self._has_confirmed |= not missing
-                for count, (pending, entry_id) in enumerate(
-                    unconfirmed.pop(durability, {}).items()
-                ):
-                    if not count % _BATCH:
-                        await next_slice()
-                    _end(pending, outcome(entry_id, missing))
+                for durability, missing in known:
+                    self._has_confirmed |= not missing
+                    appends = unconfirmed.pop(durability, {}).items()
+                    for count, (pending, entry_id) in enumerate(appends, 1):
+                        _end(pending, outcome(entry_id, missing))
+                        if not count % _BATCH:
+                            await next_slice()
         except RedisUnavailable as exc:
             lost = exc
         if not are_read:
@@ -692,10 +694,11 @@ class _Lane:
                 self._on_lost(batch, failed)
 
     async def _read_replies(self, sent: _Sent, unconfirmed: _Unconfirmed) -> None:
-        for batch, executed in sent:
+        for count, (batch, executed) in enumerate(sent):
+            if count:
+                await next_slice()
             if executed.exception() is None:
                 self._on_replies(batch, executed.result(), unconfirmed)
-                await next_slice()
 
     def _most_ms(self, waiting: Sequence[_PendingAppend]) -> int:
         """Return how long the confirmations may take, within the time limit of `[publish]`."""

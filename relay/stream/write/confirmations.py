@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections import deque
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 from relay.core.durability import FAST, Durability
@@ -34,43 +34,57 @@ _TURN_MS = 20
 Missing = Mapping[Durability, str]
 
 
-async def confirmations(
-    connection: PipelineConnection, wanted: Collection[Durability], most_ms: int
-) -> AsyncIterator[tuple[Durability, str]]:
-    """Wait until the last write of the connection has these durabilities, which all wait.
+class Confirming:
+    """Waits until the last write of a connection has these durabilities, which all wait.
 
-    Yield each durability as soon as its outcome is known, with a text that says what has not been
-    confirmed within its time, or an empty string. All of it takes at most `most_ms`.
-
-    Raises:
-        RedisUnavailable: The connection was lost.
+    All of it takes at most `most_ms`. Call `step` while there are any `left`.
     """
-    loop = asyncio.get_running_loop()
-    begun = loop.time()
-    waited_ms = 0.0
-    left = set(wanted)
-    levels = deque(level for level in _COMMANDS if any(each.level == level for each in left))
-    while levels:
-        same = [each for each in left if each.level == levels[0]]
-        limit = max(1, math.ceil(min(each.wait_ms(most_ms) for each in same) - waited_ms))
-        if len(levels) > 1:
-            limit = min(limit, _TURN_MS)
+
+    def __init__(
+        self, connection: PipelineConnection, wanted: Collection[Durability], most_ms: int
+    ) -> None:
+        self.left = set(wanted)
+        self._connection = connection
+        self._most_ms = most_ms
+        self._loop = asyncio.get_running_loop()
+        self._begun = self._loop.time()
+        self._waited_ms = 0.0
+        levels = {each.level for each in self.left}
+        self._levels = deque(level for level in _COMMANDS if level in levels)
+
+    async def step(self) -> list[tuple[Durability, str]]:
+        """Send one command. Return the durabilities whose outcome is known now.
+
+        The text says what has not been confirmed within its time, or is empty.
+
+        Raises:
+            RedisUnavailable: The connection was lost.
+        """
+        level = self._levels[0]
+        same = [each for each in self.left if each.level == level]
+        limit = min(each.wait_ms(self._most_ms) for each in same) - self._waited_ms
+        limit_ms = max(1, math.ceil(limit))
+        if len(self._levels) > 1:
+            limit_ms = min(limit_ms, _TURN_MS)
         # The lowest number, so that the others need no other command if it is the present one.
-        words = _COMMANDS[levels[0]]
-        command = (*words, min(each.replicas for each in same), limit)
-        (reply,) = await connection.execute([command])
-        texts = {each: _missing(each, each.wait_ms(most_ms), reply) for each in same}
-        is_over = isinstance(reply, ReplyError)
+        command = (*_COMMANDS[level], min(each.replicas for each in same), limit_ms)
+        (reply,) = await self._connection.execute([command])
+        texts = [(each, _missing(each, each.wait_ms(self._most_ms), reply)) for each in same]
         # The clock of the server may differ by a millisecond.
-        over_ms = waited_ms + limit if all(texts.values()) else 0.0
-        waited_ms = max(over_ms, (loop.time() - begun) * 1000)
-        for each, text in texts.items():
-            if not text or is_over or each.wait_ms(most_ms) <= waited_ms:
-                left.remove(each)
-                yield each, text
-        if all(each.level != levels[0] for each in left):
-            levels.popleft()
-        levels.rotate()
+        over_ms = self._waited_ms + limit_ms if all(text for _, text in texts) else 0.0
+        self._waited_ms = max(over_ms, (self._loop.time() - self._begun) * 1000)
+        is_over = isinstance(reply, ReplyError)
+        known = [
+            (each, text)
+            for each, text in texts
+            if not text or is_over or each.wait_ms(self._most_ms) <= self._waited_ms
+        ]
+        self.left.difference_update(each for each, _ in known)
+        if len(known) == len(same):
+            self._levels.popleft()
+        else:
+            self._levels.rotate()
+        return known
 
 
 def _missing(wanted: Durability, limit_ms: int, reply: object) -> str:
@@ -104,7 +118,10 @@ async def execute(
     """
     executed = cast("asyncio.Future[list[object]]", connection.execute(commands))
     try:
-        missing = dict([each async for each in confirmations(connection, wanted, most_ms)])
+        missing: dict[Durability, str] = {}
+        confirming = Confirming(connection, wanted, most_ms)
+        while confirming.left:
+            missing.update(await confirming.step())
     except RedisUnavailable:
         await executed  # raises the error that came first
         raise
