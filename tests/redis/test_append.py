@@ -428,6 +428,23 @@ async def test_a_channel_keeps_its_order_whatever_durability_its_requests_choose
             assert await slow
 
 
+async def test_a_rejected_append_is_not_waited_for(
+    tmp_path: Path, flavour: Flavour, keys: Keys
+) -> None:
+    server = Server(tmp_path, flavour)
+    with running(server), server.client() as admin:
+        admin.set(keys.stream(NEWS), "no stream")
+        async with appending(server, keys, timeout_s=20) as appender:
+            for _ in range(2):
+                long, short = (Durability.parse(f"replicated:1:{ms}") for ms in (15_000, 100))
+                rejected = appender.append(NEWS, [b"data", b"1"], durability=long)
+                unconfirmed = appender.append(Channel("other"), [b"data", b"1"], durability=short)
+                async with asyncio.timeout(10):
+                    await asyncio.wait([rejected, unconfirmed])
+                assert isinstance(rejected.exception(), CommandRefused)
+                assert isinstance(unconfirmed.exception(), NotDurable)
+
+
 async def test_an_append_whose_caller_was_cancelled_is_not_made_later(
     tmp_path: Path, flavour: Flavour, keys: Keys
 ) -> None:

@@ -660,7 +660,8 @@ class _Lane:
         are_read = False
         try:
             confirming = Confirming(connection, wanted, most_ms)
-            while confirming.left:
+            # Those that Redis has rejected need no confirmation.
+            while confirming.left and (unconfirmed or not are_read):
                 known = await confirming.step()
                 if not are_read:
                     are_read = True
