@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,17 @@ class RedisCluster:
         """Send one command to this server, and raise its error."""
         with self.servers[number].client() as client:
             return client.execute_command(*words)
+
+    def uncover(self, slot: int) -> None:
+        """Take a slot from its server."""
+        is_known = True
+        while is_known:
+            is_known = False
+            for number in self.running():
+                # A message that its server has sent before gives it back.
+                with suppress(redis.ResponseError):
+                    self.call(number, "CLUSTER", "DELSLOTS", slot)
+                    is_known = True
 
     def info(self, number: int) -> dict[str, str]:
         """Return the server's CLUSTER INFO."""
