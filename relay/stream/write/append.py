@@ -11,7 +11,7 @@ programs that append on a connection of their own.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from relay.core.durability import FAST, Durability
 from relay.core.errors import (
@@ -322,10 +322,13 @@ def parse_reply(append: Append, reply: object, missing: Missing) -> EntryID | Re
     """Return the ID of the entry or the error."""
     if not isinstance(reply, bytes):
         return refusal("XADD", str(reply))
-    return outcome(EntryID.parse(reply), append.durability.waits and missing[append.durability])
+    entry_id = EntryID.parse(reply)
+    if append.durability is FAST:
+        return entry_id
+    return outcome(entry_id, missing[append.durability])
 
 
-def outcome(entry_id: EntryID, missing: str | Literal[False]) -> EntryID | NotDurable:
+def outcome(entry_id: EntryID, missing: str) -> EntryID | NotDurable:
     """Return the ID of the entry, or the error if something has not been confirmed."""
     return NotDurable(f"appended as {entry_id}, but {missing}", entry_id) if missing else entry_id
 
