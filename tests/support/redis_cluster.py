@@ -204,15 +204,19 @@ class RedisCluster:
         return RedisSettings(url=self.url, **more)
 
     def _settle(self, number: int, *words: bytes | str | int) -> None:
+        problem = ""
+
         def settled() -> bool:
+            nonlocal problem
             try:
                 self.call(number, *words)
-            except redis.ResponseError:
+            except redis.ResponseError as exc:
                 # The server does not know yet of the last move of this slot.
+                problem = f"{number} refuses {words}: {exc}"
                 return False
             return True
 
-        wait_for(settled)
+        wait_for(settled, lambda: problem)
 
     def _known(self, number: int) -> str:
         return self.info(number)["cluster_known_nodes"]
@@ -229,11 +233,11 @@ class RedisCluster:
         return bool(state.get("master_link_status") == "up")
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Wait until `condition` returns True."""
+def wait_for(condition: Callable[[], bool], problem: Callable[[], str] = str) -> None:
+    """Wait until `condition` returns True. `problem` returns why it has not."""
     end = time.monotonic() + START_S
     while not condition():
-        assert time.monotonic() < end, "waited too long"
+        assert time.monotonic() < end, f"waited too long {problem()}"
         time.sleep(0.02)
 
 
