@@ -715,6 +715,7 @@ async def test_without_a_sentinel_nobody_knows() -> None:
     assert "pw" not in str(refused.value)
 
 
+@pytest.mark.single_server("the client of one server")
 async def test_a_connection_that_redis_py_closes_while_it_sends_is_an_error_of_redis(
     server: Server,
 ) -> None:

@@ -262,6 +262,7 @@ async def test_the_replica_of_a_primary_that_is_away_is_found_when_it_is_promote
     # Without a reason, the next look would be after the end of the test.
     monkeypatch.setattr(shard_readers, "_SIGN_S", 0.0)
     monkeypatch.setattr(shard_readers, "_PERIOD_S", 300.0)
+    monkeypatch.setattr(shard_readers, "_LAST_LOOK_S", 0.1)
     old, new = OneShard("old"), OneShard("new")
     shard_map, made = Map([old]), dict[str, Reader]()
     async with asyncio.TaskGroup() as tasks:
