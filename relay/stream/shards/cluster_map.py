@@ -221,6 +221,7 @@ class ClusterMap:
 
 def _address(server: Sequence[object], asked: str) -> tuple[str, int]:
     host, port = cast("tuple[bytes | None, int]", (server[0], server[1]))
-    # A node reports no address, or "?", for itself if none is configured: use the one asked.
+    # A node without a configured address reports none, or "?", for itself. Then use the address at
+    # which it was asked.
     known = host is not None and host not in (b"", b"?")
     return cast(bytes, host).decode() if known else asked, port

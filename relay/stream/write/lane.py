@@ -349,7 +349,7 @@ class Lane:
         are_read = False
         try:
             confirming = Confirming(connection, wanted, most_ms)
-            # Those that Redis has rejected need no confirmation.
+            # Wait only while Redis has accepted appends whose outcome is unknown.
             while confirming.left and (unconfirmed or not are_read):
                 known = await confirming.step()
                 if not are_read:
@@ -368,7 +368,7 @@ class Lane:
         if not are_read:
             await asyncio.wait([executed for _, executed in sent])
             await self._read_replies(sent, unconfirmed)
-        # Those that were rejected are behind the accepted ones of their channels.
+        # In each channel, rejected appends come after accepted ones: send them again in this order.
         rejected, self._again = self._again, []
         if lost is not None:
             held = {
